@@ -1,0 +1,3 @@
+"""attribute."""
+
+__all__: list[str] = []

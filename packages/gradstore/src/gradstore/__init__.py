@@ -1,0 +1,3 @@
+"""gradstore."""
+
+__all__: list[str] = []

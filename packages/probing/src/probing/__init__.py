@@ -1,0 +1,3 @@
+"""probing."""
+
+__all__: list[str] = []

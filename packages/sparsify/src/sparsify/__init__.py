@@ -1,0 +1,3 @@
+"""sparsify."""
+
+__all__: list[str] = []
