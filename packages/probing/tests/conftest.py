@@ -1,0 +1,14 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
