@@ -1,6 +1,28 @@
-"""Per-example gradients of any torch model, by hooks."""
+"""Per-example gradients of any torch model, by hooks, at the cost of a forward and an activation-backward pass."""
 
 from gradcore._addressing import select_modules
+from gradcore._collector import GradientCollector
+from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
+from gradcore._fingerprint import model_fingerprint
+from gradcore._loss import per_example_loss
+from gradcore._plan import CapturePlan, ModulePlan
+from gradcore.sketches import Identity, Sketch, TwoSided
 
-__all__ = ["CaptureError", "GradCoreError", "PlanMismatch", "SelectionError", "select_modules"]
+__all__ = [
+    "CaptureError",
+    "CapturePlan",
+    "Coverage",
+    "GradCoreError",
+    "GradientCollector",
+    "Identity",
+    "ModulePlan",
+    "PlanMismatch",
+    "SelectionError",
+    "Sketch",
+    "TwoSided",
+    "coverage",
+    "model_fingerprint",
+    "per_example_loss",
+    "select_modules",
+]

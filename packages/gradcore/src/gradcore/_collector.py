@@ -1,0 +1,220 @@
+"""The collector: hooks registered once, per-example gradients of every batch that passes through.
+
+In the forward pass each captured module's input is sketched and kept; in the backward pass the gradient of its output
+meets what was kept, and the product is that module's gradient for every example of the batch. Weight gradients are
+never formed by autograd, and the graph begins at the first captured module: 2P flops a token forward, 2P backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradcore._errors import CaptureError
+from gradcore._plan import CapturePlan
+from gradcore.layers import Layer, layer_for
+from gradcore.sketches import BoundSketch
+
+Closure = Callable[[str, Tensor], None]
+
+
+class GradientCollector:
+    """Collects per-example gradients of the planned modules while a model runs forward and backward.
+
+    Without a closure, gradients gather in :attr:`gradients`, one row an example, in the order the examples came:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> plan = CapturePlan.for_model(model)
+    >>> with GradientCollector(model, plan) as collector:
+    ...     model(torch.ones(3, 4)).square().sum().backward()
+    >>> collector.gradients["0"].shape  # examples, out, in
+    torch.Size([3, 8, 4])
+
+    With one, each module's ``[n, *shape]`` is handed over during the backward pass and freed:
+
+    >>> norms = {}
+    >>> def closure(name, gradient):
+    ...     norms[name] = gradient.flatten(1).norm(dim=1)
+    >>> with GradientCollector(model, plan, closure) as collector:
+    ...     model(torch.ones(3, 4)).square().sum().backward()
+
+    The loss must be a sum over examples of functions of that example alone; row ``n`` is then the gradient of its own
+    term. Inside the context the parameters of the model are frozen (``requires_grad`` is put back on exit), so that no
+    weight gradient is computed. Matrices are always [out, in], however the layer stores its weight.
+
+    Args:
+        model: any module; the first dimension of every captured input must be the example.
+        plan: what to capture.
+        closure: called as ``closure(name, gradient)``. A module called several times in one forward pass hands over
+            the gradient of each call; their sum is the module's gradient.
+        freeze: switch ``requires_grad`` off inside the context. ``False`` leaves training gradients intact.
+
+    Raises:
+        CaptureError: the model lacks a planned module or has another shape; gradients are switched off; an input was
+            changed in place; two modules see different batch sizes.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: CapturePlan, closure: Closure | None = None, *, freeze: bool = True
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self._closure = closure
+        self._freeze = freeze
+        self._handles: list[RemovableHandle] = []
+        self._frozen: list[nn.Parameter] = []
+        self._passes: list[_Pass] = []
+        self._spare: Tensor | None = None
+
+    def __enter__(self) -> GradientCollector:
+        modules = dict(self.model.named_modules())
+        for planned in self.plan.modules:
+            module = modules.get(planned.name)
+            layer = layer_for(module) if module is not None else None
+            if module is None or layer is None:
+                raise CaptureError(f"the model has no module {planned.name!r} that can be captured, the plan does")
+            if layer.shape(module) != (planned.out_features, planned.in_features):
+                expected = (planned.out_features, planned.in_features)
+                raise CaptureError(f"{planned.name} is {list(layer.shape(module))}, the plan says {list(expected)}")
+        if self._freeze:
+            self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+        for planned in self.plan.modules:
+            module = modules[planned.name]
+            device = next(module.parameters()).device
+            bound = self.plan.sketch.bind(planned.name, planned.out_features, planned.in_features, device)
+            layer = layer_for(module)
+            assert layer is not None
+            hook = _forward_hook(self, planned.name, layer, bound)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """Module name to ``[examples, *shape]`` over all batches since the start or the last :meth:`take`."""
+        rows = self.rows
+        return {
+            name: rows[:, columns].unflatten(1, self.plan.shapes[name]) for name, columns in self.plan.slices.items()
+        }
+
+    @property
+    def rows(self) -> Tensor:
+        """The same as one matrix ``[examples, plan.width]``, modules side by side."""
+        finished = [each.finish() for each in self._passes if each.touched]
+        if not finished:
+            raise CaptureError("nothing was collected: no backward pass reached a captured module inside the context")
+        return finished[0] if len(finished) == 1 else torch.cat(finished)
+
+    def take(self) -> Tensor:
+        """Hand over :attr:`rows` and begin anew: one call a batch, with hooks and matrices kept.
+
+        The buffer is used again: rows taken before are overwritten by the next batch, so copy what must last.
+        """
+        rows = self.rows
+        self._spare = self._passes[0].rows if len(self._passes) == 1 else None
+        self._passes = []
+        return rows
+
+    def _pass_for_forward(self) -> _Pass:
+        """The open pass; a forward call after gradients have arrived opens the next."""
+        inside_backward = torch._C._current_graph_task_id() != -1  # a recomputing checkpoint
+        if not self._passes or (self._passes[-1].touched and not inside_backward):
+            self._passes.append(_Pass(self.plan, self._spare))
+            self._spare = None
+        return self._passes[-1]
+
+    def _receive(self, current: _Pass, name: str, gradient: Tensor) -> None:
+        if self._closure is not None:
+            current.touched.add(name)
+            self._closure(name, gradient)
+        else:
+            current.add(name, gradient)
+
+
+class _Pass:
+    """One forward and backward over a batch: its rows, and which modules have written theirs."""
+
+    def __init__(self, plan: CapturePlan, spare: Tensor | None) -> None:
+        self.plan = plan
+        self.touched: set[str] = set()
+        self.rows: Tensor | None = None
+        self._spare = spare
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        flat = gradient.flatten(1)
+        if self.rows is None:
+            self.rows = self._allocate(flat)
+        if len(flat) != len(self.rows):
+            raise CaptureError(
+                f"{name} saw {len(flat)} examples, modules before it {len(self.rows)}: "
+                "the first dimension of every captured input must be the example"
+            )
+        part = self.rows[:, self.plan.slices[name]]
+        if name in self.touched:
+            part += flat
+        else:
+            part.copy_(flat)
+            self.touched.add(name)
+
+    def finish(self) -> Tensor:
+        """The rows, with zeros where no gradient arrived."""
+        if self.rows is None:
+            raise CaptureError("a closure took the gradients: there are no rows to hand out")
+        for name, columns in self.plan.slices.items():
+            if name not in self.touched:
+                self.rows[:, columns].zero_()
+        return self.rows
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        spare, examples = self._spare, len(like)
+        self._spare = None
+        fits = spare is not None and spare.dtype == like.dtype and spare.device == like.device
+        if spare is not None and fits and len(spare) >= examples:
+            return spare[:examples]
+        return like.new_empty(examples, self.plan.width)
+
+
+def _forward_hook(collector: GradientCollector, name: str, layer: Layer, bound: BoundSketch) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                f"{name} ran with gradients switched off: leave torch.no_grad() and torch.inference_mode() "
+                "around the forward pass"
+            )
+        given = args[0] if args else next(iter(kwargs.values()))
+        activation = layer.activation(module, given)
+        kept = bound.keep(activation)
+        # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
+        watched = given if kept.data_ptr() == given.data_ptr() else None
+        version = given._version
+        current = collector._pass_for_forward()
+
+        def receive(gradient: Tensor) -> None:
+            if watched is not None and watched._version != version:
+                raise CaptureError(f"the input of {name} was changed in place between forward and backward")
+            collector._receive(current, name, bound.contract(kept, layer.output_gradient(module, gradient)))
+
+        if not output.requires_grad:
+            # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(receive)
+        return output
+
+    return hook

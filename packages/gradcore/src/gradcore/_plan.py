@@ -1,0 +1,188 @@
+"""The plan: what is captured, as one frozen value that is printed, hashed, saved and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from gradcore._addressing import select_modules
+from gradcore._errors import CaptureError, GradCoreError, PlanMismatch
+from gradcore.layers import layer_for
+from gradcore.sketches import Identity, Sketch, sketch_from_dict
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One captured module: its dotted name, layer kind and gradient shape [out, in]."""
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a collector captures: modules, sketch and loss. Equal plans give comparable gradients.
+
+    >>> from torch import nn
+    >>> from gradcore import TwoSided
+    >>> plan = CapturePlan.for_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sketch=TwoSided(2))
+    >>> plan.width, [module.name for module in plan.modules]
+    (8, ['0', '2'])
+
+    Attributes:
+        modules: what is captured, in the order of the columns.
+        sketch: what is kept of each module's gradient.
+        loss: the measured function, ``"ce"`` (cross-entropy of the labelled tokens).
+        reduction: ``"sum"`` or ``"mean"`` over an example's labelled tokens.
+        model: fingerprint of the weights, ``""`` where it does not matter.
+    """
+
+    modules: tuple[ModulePlan, ...]
+    sketch: Sketch = field(default_factory=Identity)
+    loss: str = "ce"
+    reduction: str = "sum"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise CaptureError("a plan without modules captures nothing")
+        if self.reduction not in REDUCTIONS:
+            raise GradCoreError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        modules: str | Sequence[str] | None = None,
+        *,
+        exclude: str | Sequence[str] = (),
+        sketch: Sketch | None = None,
+        loss: str = "ce",
+        reduction: str = "sum",
+        fingerprint: str = "",
+    ) -> CapturePlan:
+        """Plan for every module of a captured layer type that the patterns select (all of them by default).
+
+        Raises:
+            SelectionError: a pattern matches nothing that can be captured; close matches are listed.
+        """
+        names = select_modules(model, modules, exclude=exclude, where=lambda _, module: layer_for(module) is not None)
+        return cls(
+            modules=tuple(_module_plan(name, model.get_submodule(name)) for name in names),
+            sketch=sketch or Identity(),
+            loss=loss,
+            reduction=reduction,
+            model=fingerprint,
+        )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one example's captured gradient, by module."""
+        return {module.name: self.sketch.shape(module.out_features, module.in_features) for module in self.modules}
+
+    @cached_property
+    def columns(self) -> dict[str, int]:
+        """Floats a row by module, in column order."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each module stands in a row."""
+        ends, found = 0, dict[str, slice]()
+        for name, size in self.columns.items():
+            found[name] = slice(ends, ends + size)
+            ends += size
+        return found
+
+    @property
+    def width(self) -> int:
+        """Floats a row."""
+        return sum(self.columns.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the saved form: equal digests, equal plans."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form that :meth:`from_dict` reads back."""
+        return {
+            "modules": [asdict(module) for module in self.modules],
+            "sketch": self.sketch.to_dict(),
+            "loss": self.loss,
+            "reduction": self.reduction,
+            "model": self.model,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> CapturePlan:
+        """The plan saved by :meth:`to_dict`; unknown or missing fields are refused."""
+        expected = {each.name for each in fields(cls)}
+        if set(saved) != expected:
+            odd = sorted(set(saved) ^ expected)
+            raise GradCoreError(f"not a capture plan of this version: unexpected or missing {', '.join(odd)}")
+        return cls(
+            modules=tuple(ModulePlan(**module) for module in saved["modules"]),
+            sketch=sketch_from_dict(saved["sketch"]),
+            loss=saved["loss"],
+            reduction=saved["reduction"],
+            model=saved["model"],
+        )
+
+    def restrict(self, patterns: str | Sequence[str]) -> CapturePlan:
+        """The plan of the modules that match, everything else equal."""
+        names = set(select_modules((module.name for module in self.modules), patterns))
+        return replace(self, modules=tuple(module for module in self.modules if module.name in names))
+
+    def require_equal(self, other: CapturePlan, *, this: str = "this", that: str = "the other") -> None:
+        """Raise :class:`PlanMismatch` unless both plans capture the same thing.
+
+        The message names the first field that differs, both values, and how to mend it.
+        """
+        for name, remedy in _REMEDIES.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found, expected = _difference(mine, theirs)
+                raise PlanMismatch(f"{name} differs: {this} has {found}, {that} has {expected}; {remedy}")
+
+
+# In the order in which a user would want to hear of them: another model explains other modules.
+_REMEDIES = {
+    "modules": "use the model the gradients were collected from, or collect them again with the same modules",
+    "model": "these are other weights of the same shape: use the very checkpoint the gradients were collected from",
+    "sketch": "use the same sketch (--projection-dim, --projection-type, --projection-seed) on both sides",
+    "loss": "use the same --loss-fn on both sides",
+    "reduction": "use the same --loss-reduction on both sides",
+}
+
+
+def _difference(mine: object, theirs: object) -> tuple[str, str]:
+    """What to show of two unequal values: for module lists the first place where they part."""
+    if not (isinstance(mine, tuple) and isinstance(theirs, tuple)):
+        return repr(mine), repr(theirs)
+    for left, right in zip(mine, theirs):
+        if left != right:
+            return _show(left), _show(right)
+    return f"{len(mine)} modules", f"{len(theirs)} modules"
+
+
+def _show(module: ModulePlan) -> str:
+    return f"{module.name} [{module.out_features}, {module.in_features}]"
+
+
+def _module_plan(name: str, module: nn.Module) -> ModulePlan:
+    layer = layer_for(module)
+    assert layer is not None  # for_model selected it by this very test
+    out_features, in_features = layer.shape(module)
+    return ModulePlan(name, layer.kind, out_features, in_features)
