@@ -1,3 +1,47 @@
-"""gradstore."""
+"""Gradients on disk: verified, resumable, searched from the memory map."""
 
-__all__: list[str] = []
+from gradstore._errors import (
+    FormatVersion,
+    GradStoreError,
+    InvalidInput,
+    PlanMismatch,
+    StoreCorrupt,
+    StoreExists,
+    StoreIncomplete,
+    StoreLocked,
+    StoreNotFound,
+    StoreUnwritable,
+)
+from gradstore._manifest import Side
+from gradstore._search import SearchResult, scores, search
+from gradstore._store import GradientStore
+from gradstore._verify import StoreInfo, VerifyReport, info, verify
+from gradstore._writer import StoreWriter
+
+__all__ = [
+    # write
+    "StoreWriter",
+    "Side",
+    # read
+    "GradientStore",
+    # search
+    "search",
+    "scores",
+    "SearchResult",
+    # check
+    "verify",
+    "VerifyReport",
+    "info",
+    "StoreInfo",
+    # errors
+    "GradStoreError",
+    "InvalidInput",
+    "StoreExists",
+    "StoreNotFound",
+    "StoreIncomplete",
+    "StoreCorrupt",
+    "StoreLocked",
+    "StoreUnwritable",
+    "FormatVersion",
+    "PlanMismatch",
+]

@@ -1,0 +1,220 @@
+"""`GradientStore`: a finished (or growing) store, read from the memory map, verified on first touch."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradstore._data import data_files, decode_row
+from gradstore._encodings import F32, decode
+from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
+from gradstore._journal import read_journal
+from gradstore._manifest import SIDE_DTYPES, load_manifest
+from gradstore._shard import map_file, shard_tensors
+from gradstore._writer import shard_file
+
+_MAPPED_FILES = 16  # kept open for row-wise access; a sweep keeps one
+
+
+class Block:
+    """Consecutive rows of one shard as they lie in the memory map."""
+
+    __slots__ = ("_dtype", "_rows", "_scale", "start", "stop")
+
+    def __init__(self, start: int, rows: NDArray[np.generic], scale: F32 | None, dtype: str) -> None:
+        self.start, self.stop = start, start + len(rows)
+        self._rows, self._scale, self._dtype = rows, scale, dtype
+
+    def cut(self, start: int, stop: int) -> Block:
+        """Rows `start` to `stop` (numbers of the store) of this block."""
+        part = slice(start - self.start, stop - self.start)
+        return Block(start, self._rows[part], None if self._scale is None else self._scale[part], self._dtype)
+
+    def values(self, columns: Sequence[slice] | None = None) -> F32:
+        """float32 [n, d] without the scale; a view where nothing needs doing."""
+        if columns is None:
+            return decode(self._rows, self._dtype)
+        parts = [decode(self._rows[:, part], self._dtype) for part in columns]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    @property
+    def scale(self) -> F32 | None:
+        """float32 [n] to multiply the values by, or None where the encoding needs none."""
+        return self._scale
+
+
+class GradientStore:
+    """Read a store.
+
+    Example:
+        >>> store = GradientStore.open("runs/a")
+        >>> store.block(0, 100, modules=["h.0.attn"]).shape
+        (100, 256)
+        >>> store.data(7)["text"]
+        'Once upon a time …'
+
+    Opening reads the manifest and the journal and touches no shard. The first touch of a file checks its checksum;
+    `StoreCorrupt` names the file that changed. Reading needs no lock and is safe while a writer is at work
+    (`partial=True`).
+    """
+
+    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = load_manifest(self.path)
+        self.entries, _ = read_journal(self.path, self.manifest.journal)
+        if not self.manifest.complete and not partial:
+            done = len(self.shards)
+            raise StoreIncomplete(
+                f"{self.path}: the store is unfinished ({done} of {self.manifest.shards} shards). "
+                "Resume the build, or open it with partial=True."
+            )
+        stops = np.cumsum([0, *self.manifest.columns.values()])
+        self.columns: Mapping[str, slice] = MappingProxyType(
+            {name: slice(int(a), int(b)) for name, a, b in zip(self.manifest.columns, stops, stops[1:])}
+        )
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path, *, partial: bool = False) -> GradientStore:
+        """Open a finished store, or with `partial=True` one that is still being written."""
+        return cls(path, partial=partial)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the finished store."""
+        return self.manifest.rows
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def width(self) -> int:
+        """Floats per row over all modules."""
+        return self.manifest.width
+
+    @property
+    def dtype(self) -> str:
+        """How rows are encoded: fp32, fp16 or bf16."""
+        return self.manifest.dtype
+
+    @property
+    def plan(self) -> Any:
+        """The JSON that says how the rows were made."""
+        return self.manifest.plan
+
+    @property
+    def meta(self) -> Any:
+        """The JSON kept beside the plan."""
+        return self.manifest.meta
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store is finished."""
+        return self.manifest.complete
+
+    @property
+    def shards(self) -> list[tuple[int, int, int]]:
+        """`(shard, start, stop)` of every shard that is there."""
+        spans = ((shard, *self.manifest.span(shard)) for shard in range(self.manifest.shards))
+        return [span for span in spans if shard_file(span[0]) in self.entries]
+
+    def block(self, start: int, stop: int, modules: Sequence[str] | None = None) -> F32:
+        """Rows `start` to `stop` as float32 [stop - start, d], of all modules or of those named, in the order named."""
+        if not 0 <= start <= stop <= self.rows:
+            raise InvalidInput(f"Rows {start}:{stop} are not in the store, which has {self.rows}.")
+        columns = self.select(modules)
+        width = self.width if columns is None else sum(c.stop - c.start for c in columns)
+        out = np.empty((stop - start, width), np.float32)
+        per_shard = self.manifest.rows_per_shard
+        for shard in range(start // per_shard, -(-stop // per_shard) if stop > start else 0):
+            whole = self._shard_block(shard)
+            part = whole.cut(max(start, whole.start), min(stop, whole.stop))
+            target = out[part.start - start : part.stop - start]
+            target[:] = part.values(columns)
+            if part.scale is not None:
+                target *= part.scale[:, None]
+        return out
+
+    def row(self, index: int) -> F32:
+        """Row `index` as float32 [width]."""
+        index = self._index(index)
+        return self.block(index, index + 1)[0]
+
+    def side(self, name: str) -> NDArray[Any]:
+        """A whole side column, [rows] or [rows, w]; the first call verifies, and so reads, every shard."""
+        if name not in self.manifest.side:
+            known = list(self.manifest.side)
+            raise InvalidInput(f"No side column {name!r}; the store has {known}.{did_you_mean(name, known)}")
+        spec = self.manifest.side[name]
+        shape = (self.rows,) if spec.width is None else (self.rows, spec.width)
+        out = np.empty(shape, SIDE_DTYPES[spec.dtype])
+        for shard in range(self.manifest.shards):
+            start, stop = self.manifest.span(shard)
+            out[start:stop] = self._tensors(shard)[name]
+        return out
+
+    def data(self, index: int) -> dict[str, Any]:
+        """The dataset row behind row `index`; one seek, however large the store."""
+        if not self.manifest.data:
+            raise InvalidInput(f"{self.path}: the store was built without its dataset (data=False).")
+        shard, offset = divmod(self._index(index), self.manifest.rows_per_shard)
+        lines, offsets = (self._map(file) for file in data_files(shard))
+        return decode_row(lines, offsets, offset)
+
+    def sweep(self) -> Iterator[Block]:
+        """Every shard that is there, in order, as one block each; one is mapped at a time, so memory stays flat."""
+        for shard, _, _ in self.shards:
+            yield self._shard_block(shard, keep=False)
+
+    def select(self, modules: Sequence[str] | None) -> list[slice] | None:
+        """Column slices of the named modules; None means all."""
+        if modules is None:
+            return None
+        if isinstance(modules, str) or not modules:
+            raise InvalidInput(f"modules must be a list of names or None, not {modules!r}.")
+        for name in modules:
+            if name not in self.columns:
+                raise InvalidInput(
+                    f"No module {name!r} in the store; it has {len(self.columns)}.{did_you_mean(name, self.columns)}"
+                )
+        return [self.columns[name] for name in modules]
+
+    def _index(self, index: int) -> int:
+        if not 0 <= index < self.rows:
+            raise InvalidInput(f"Row {index} is not in the store, which has {self.rows}.")
+        return int(index)
+
+    def _shard_block(self, shard: int, *, keep: bool = True) -> Block:
+        tensors = self._tensors(shard, keep=keep)
+        scale = tensors["scale"].astype(np.float32, copy=False) if "scale" in tensors else None
+        return Block(self.manifest.span(shard)[0], tensors["rows"], scale, self.dtype)
+
+    def _tensors(self, shard: int, *, keep: bool = True) -> dict[str, NDArray[np.generic]]:
+        file = shard_file(shard)
+        tensors = shard_tensors(self._map(file, keep=keep), self.path / file)
+        start, stop = self.manifest.span(shard)
+        if "rows" not in tensors or tensors["rows"].shape[0] != stop - start:
+            raise StoreCorrupt(f"{self.path / file}: holds other rows than {start}..{stop - 1}.")
+        return tensors
+
+    def _map(self, file: str, *, keep: bool = True) -> mmap.mmap:
+        if file in self._maps:
+            self._maps.move_to_end(file)
+            return self._maps[file]
+        if file not in self.entries:
+            raise StoreIncomplete(f"{self.path / file}: not written yet. Resume the build.")
+        view = map_file(self.path, self.entries[file], verify=file not in self._verified)
+        self._verified.add(file)
+        if keep:
+            self._maps[file] = view
+            while len(self._maps) > _MAPPED_FILES:
+                self._maps.popitem(last=False)  # unmapped once no array refers to it
+        return view

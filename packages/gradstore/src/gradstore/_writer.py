@@ -1,0 +1,332 @@
+"""`StoreWriter`: shards in any order, each whole or absent, encoded and written beside the caller's compute."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradstore import _journal, _manifest
+from gradstore._data import data_files, encode_rows
+from gradstore._encodings import Tensor, encode
+from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
+from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, write_atomic, write_errors
+from gradstore._journal import Entry, Journal
+from gradstore._manifest import Side
+from gradstore._shard import shard_parts
+
+_QUEUED_SHARDS = 2  # enough to hide a slow fsync, small enough that memory stays flat
+_SAFETENSORS = {"fp32": "F32", "fp64": "F64", "int32": "I32", "int64": "I64"}
+
+Job = tuple[int, NDArray[np.float32], dict[str, Tensor]]
+
+
+class StoreWriter:
+    """Write a store shard by shard.
+
+    Example:
+        >>> with StoreWriter.create("runs/a", rows=1000, columns={"h.0.attn": 256}, plan={"model": "m"}) as writer:
+        ...     writer.write_data({"text": text} for text in texts)
+        ...     for shard, start, stop in writer.pending:
+        ...         writer.write(shard, gradients[start:stop], {"loss": loss, "tokens": tokens, "sq_norm": sq_norm})
+
+    Leaving the block finishes the store. After a crash, `StoreWriter.resume` gives a writer whose `pending` holds what
+    is left; the finished folder has the same bytes as one written without interruption, in whatever order.
+    """
+
+    def __init__(self, path: Path, lock: WriterLock) -> None:
+        """Use `create` or `resume`."""
+        self.path = path
+        self._lock = lock
+        self._journal = Journal(path)
+        self.manifest = _manifest.load_manifest(path)
+        if self.manifest.complete:
+            self._journal.entries = _journal.read_journal(path, self.manifest.journal)[0]
+        self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
+        self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
+        self._error: Exception | None = None
+        self._thread: Thread | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        rows: int,
+        columns: Mapping[str, int],
+        plan: Any,
+        meta: Any = None,
+        dtype: str = "fp32",
+        rows_per_shard: int | None = None,
+        side_columns: Sequence[str] | Mapping[str, str | Side] = ("loss", "tokens", "sq_norm"),
+        data: bool = True,
+    ) -> StoreWriter:
+        """Make an empty store of known size.
+
+        Args:
+            path: A folder that does not exist yet, or is empty.
+            rows: Rows of the finished store; row i is example i of the dataset.
+            columns: Module name → floats per row, in the order in which `write` gets them.
+            plan: Any JSON that says how the rows are made; `resume` refuses another one.
+            meta: Any further JSON; kept, not compared.
+            dtype: `fp32`, `fp16` (with a power of two per row) or `bf16`.
+            rows_per_shard: Default: at most 64 MiB and 8,192 rows, about a sixteenth of a small store.
+            side_columns: Numbers beside each row: names (`tokens` is int32, others fp32), or name → dtype or `Side`.
+            data: Whether the dataset rows are kept too (`write_data`).
+        """
+        store = Path(path)
+        manifest = _manifest.new_manifest(
+            rows=rows,
+            columns=columns,
+            plan=plan,
+            meta=meta,
+            dtype=dtype,
+            rows_per_shard=rows_per_shard,
+            side=side_columns,
+            data=data,
+        )
+        if (store / _manifest.NAME).exists():
+            raise StoreExists(f"{store}: holds a store already. Resume it, choose another path, or remove the folder.")
+        with write_errors(store):
+            store.mkdir(parents=True, exist_ok=True)
+        # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
+        foreign = {entry.name for entry in store.iterdir()} - {
+            *("writer.lock", "shards", "data", _journal.NAME, _manifest.NAME + TEMP_SUFFIX)
+        }
+        if foreign:
+            raise StoreExists(f"{store}: not empty ({min(foreign)!r} is in it). Choose a new folder for the store.")
+        lock = WriterLock(store)
+        try:
+            for folder in ("shards", "data"):
+                if (store / folder).is_dir():
+                    shutil.rmtree(store / folder)
+                with write_errors(store / folder):
+                    (store / folder).mkdir()
+            write_atomic(store / _journal.NAME, [])
+            manifest.save(store)
+            return cls(store, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def resume(cls, path: str | Path, *, plan: Any) -> StoreWriter:
+        """Continue an interrupted store (a finished one gives a writer with nothing pending).
+
+        Raises `PlanMismatch` naming the first differing field, `StoreLocked` if another process writes the store, and
+        `StoreCorrupt` if a finished file is gone or has another size.
+        """
+        store = Path(path)
+        _manifest.load_manifest(store)  # before the lock file is made in a folder that is no store
+        lock = WriterLock(store)
+        try:
+            writer = cls(store, lock)
+            _manifest.require_same_plan(writer.manifest.plan, plan, str(store))
+            writer._clean()
+            return writer
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def pending(self) -> list[tuple[int, int, int]]:
+        """`(shard, start, stop)` of every shard not handed to `write` yet."""
+        spans = ((shard, *self.manifest.span(shard)) for shard in range(self.manifest.shards))
+        return [span for span in spans if span[0] not in self._accepted]
+
+    @property
+    def data_pending(self) -> bool:
+        """Whether `write_data` still has something to write."""
+        return bool(self._missing_data())
+
+    def write(self, shard_index: int, rows: NDArray[Any], side: Mapping[str, NDArray[Any]] | None = None) -> None:
+        """Hand over one shard; returns once it is queued. The arrays are copied and may be reused at once.
+
+        Args:
+            shard_index: From `pending`.
+            rows: [stop - start, width], modules side by side in the order of `columns`; cast to float32, then encoded.
+            side: One array [stop - start] (or [stop - start, w]) per side column, no more and no fewer.
+
+        Encoding, checksum and write run in a thread of their own; what goes wrong there (non-finite values, a full
+        disk) is raised by the next call or by `finish`.
+        """
+        self._raise_pending_error()
+        if not 0 <= shard_index < self.manifest.shards:
+            raise InvalidInput(f"There is no shard {shard_index}; the store has {self.manifest.shards}.")
+        if shard_index in self._accepted:
+            raise InvalidInput(f"Shard {shard_index} is already written; `pending` lists those that are not.")
+        start, stop = self.manifest.span(shard_index)
+        if rows.shape != (stop - start, self.manifest.width):
+            raise InvalidInput(
+                f"Shard {shard_index} got rows of shape {rows.shape}; expected {(stop - start, self.manifest.width)} "
+                f"(rows {start}..{stop - 1}, all {len(self.manifest.columns)} modules side by side)."
+            )
+        job = shard_index, np.array(rows, np.float32), self._side_tensors(side or {}, start, stop)
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="gradstore-writer", daemon=True)
+            self._thread.start()
+        self._queue.put(job)
+        self._accepted.add(shard_index)
+
+    def write_data(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Store the dataset rows, once, before or after the gradients.
+
+        Call it again after a crash with the same rows: shards of text that are there are compared, not rewritten, and a
+        dataset that changed in between is refused.
+        """
+        self._raise_pending_error()
+        if not self.manifest.data:
+            raise InvalidInput(f"{self.path}: the store was created with data=False.")
+        total = 0
+        for shard, (count, *parts) in enumerate(encode_rows(rows, self.manifest.rows_per_shard)):
+            start, stop = self.manifest.span(shard)
+            total += count
+            if shard >= self.manifest.shards or total != stop:
+                break
+            for file, part in zip(data_files(shard), parts):
+                self._add_data(file, part, start, stop)
+        if total != self.manifest.rows:
+            more = " or more" if total > self.manifest.rows else ""
+            raise InvalidInput(f"write_data got {total}{more} rows; the store has {self.manifest.rows}.")
+
+    def finish(self) -> None:
+        """Wait for the writer thread, check that nothing is missing, and mark the store complete in one step."""
+        self._drain()
+        self._raise_pending_error()
+        if self.pending:
+            shard, start, stop = self.pending[0]
+            raise StoreIncomplete(
+                f"{self.path}: {len(self.pending)} of {self.manifest.shards} shards are missing, the first is "
+                f"shard {shard} (rows {start}..{stop - 1}). Write them, or close() and resume later."
+            )
+        if self._missing_data():
+            raise StoreIncomplete(f"{self.path}: the dataset rows are missing. Call write_data before finish.")
+        if not self.manifest.complete:
+            self.manifest = self.manifest.sealed(self._journal.seal())
+            self.manifest.save(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Write what is queued and let go of the lock; the store can be resumed. Calling it twice is harmless."""
+        self._drain()
+        self._journal.close()
+        self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def _side_tensors(self, side: Mapping[str, NDArray[Any]], start: int, stop: int) -> dict[str, Tensor]:
+        expected = self.manifest.side
+        if set(side) != set(expected):
+            raise InvalidInput(f"Got side columns {sorted(side)}; the store has {sorted(expected)}.")
+        tensors: dict[str, Tensor] = {}
+        for name, spec in expected.items():
+            shape = (stop - start,) if spec.width is None else (stop - start, spec.width)
+            if side[name].shape != shape:
+                raise InvalidInput(f"Side column {name!r} has shape {side[name].shape}; expected {shape}.")
+            array = np.array(side[name], _manifest.SIDE_DTYPES[spec.dtype])
+            finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            if not finite.all():
+                raise InvalidInput(f"Row {start + int(np.argmin(finite))}: side column {name!r} is not finite.")
+            tensors[name] = Tensor(_SAFETENSORS[spec.dtype], array)
+        return tensors
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._error is None:  # after a failure the rest is drained, so that the caller never blocks
+                try:
+                    self._write_shard(*job)
+                except Exception as error:
+                    self._error = error
+
+    def _write_shard(self, shard: int, rows: NDArray[np.float32], side: dict[str, Tensor]) -> None:
+        tensors = encode(rows, self.manifest.dtype)
+        self._require_finite(tensors["rows"], rows, self.manifest.span(shard)[0])
+        file = shard_file(shard)
+        size, digest = write_atomic(self.path / file, shard_parts({**tensors, **side}))
+        self._journal.add(Entry(file, size, digest))
+
+    def _require_finite(self, stored: Tensor, rows: NDArray[np.float32], start: int) -> None:
+        if stored.dtype == "BF16":
+            finite = (stored.array.view(np.uint16) & 0x7F80) != 0x7F80
+        else:
+            finite = np.isfinite(stored.array)
+        if finite.all():
+            return
+        row, column = (int(i) for i in np.argwhere(~finite)[0])
+        starts = np.cumsum([0, *self.manifest.columns.values()])
+        which = int(np.searchsorted(starts, column, side="right")) - 1
+        module, offset = list(self.manifest.columns)[which], column - int(starts[which])
+        value = float(rows[row, column])
+        cause = f"overflows {self.manifest.dtype}" if np.isfinite(value) else "is not finite"
+        raise InvalidInput(
+            f"Row {start + row}, module {module!r}, entry {offset}: {value!r} {cause}. "
+            "Look for NaN weights or an exploding loss in that example."
+        )
+
+    def _add_data(self, file: str, part: bytes, start: int, stop: int) -> None:
+        known = self._journal.entries.get(file)
+        if known is None:
+            self._journal.add(Entry(file, *write_atomic(self.path / file, [part])))
+        elif known.checksum != checksum(part):
+            raise InvalidInput(
+                f"{self.path / file}: dataset rows {start}..{stop - 1} differ from those already stored. "
+                "Resume with the dataset that the store was begun with."
+            )
+
+    def _missing_data(self) -> list[str]:
+        if not self.manifest.data:
+            return []
+        files = (file for shard in range(self.manifest.shards) for file in data_files(shard))
+        return [file for file in files if file not in self._journal.entries]
+
+    def _clean(self) -> None:
+        """Remove what a killed writer left behind, and refuse to build on finished files that are gone or cut."""
+        for entry in self._journal.entries.values():
+            path = self.path / entry.file
+            size = path.stat().st_size if path.exists() else None
+            if size != entry.bytes:
+                raise StoreCorrupt(
+                    f"{path}: {'missing' if size is None else f'{size} bytes'}; the journal says {entry.bytes} bytes. "
+                    "Restore it from a copy, or build the store anew."
+                )
+        for path in [*self.path.glob("*/*"), *self.path.glob(f"*{TEMP_SUFFIX}")]:
+            if path.relative_to(self.path).as_posix() not in self._journal.entries:
+                with write_errors(path):
+                    path.unlink()
+
+    def _drain(self) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _raise_pending_error(self) -> None:
+        if self._journal.closed:
+            raise GradStoreError(f"{self.path}: this writer is closed. Open another with StoreWriter.resume.")
+        if self._error is not None:
+            self._drain()
+            error, self._error = self._error, None
+            self._accepted = {s for s in self._accepted if shard_file(s) in self._journal.entries}
+            raise error
+
+
+def shard_file(shard: int) -> str:
+    """Path inside the store of a shard."""
+    return f"shards/{shard:05d}.safetensors"
