@@ -1,14 +1,16 @@
-"""The configuration objects of the seed, as Hugging Face configs: positional or by keyword, saved and loaded as JSON."""
+"""The configuration objects of the seed, as Hugging Face configs: positional or by keyword, kept as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from probing._errors import ConfigError
+from probing._errors import ConfigError, check_choice
+from probing._rules import RULES, MaskRule
+from probing._sites import UNITS
 
 if TYPE_CHECKING:
     from probing._readout import Readout
@@ -99,3 +101,98 @@ class ResidualUpdateModelConfig(_Config):
     def keys(self) -> list[str]:
         """The names ``vector_cache`` will have."""
         return [readout.key for readout in self.readouts()]
+
+
+# Which hyperparameters of which rule are reachable from a config, under the seed's names.
+_RULE_OPTIONS: dict[str, dict[str, str]] = {
+    "continuous_sparsification": {"mask_init_value": "init_value"},
+    "hard_concrete": {"mask_init_percentage": "init_percentage", "gamma": "gamma", "zeta": "zeta", "beta": "beta"},
+    "straight_through": {"mask_init_value": "init_value"},
+    "gumbel_sigmoid": {"mask_init_value": "init_value"},
+    "top_k": {"keep": "keep"},
+    "magnitude_pruning": {"prune_percentage": "prune_percentage"},
+    "random": {"keep": "keep"},
+}
+ABLATIONS = ("none", "zero_ablate", "random_ablate", "randomly_sampled", "complement_sampled")
+L0_NORMS = ("paper", "units", "mean")
+
+
+class CircuitConfig(_Config):
+    """How a `CircuitModel` masks a model.
+
+    >>> config = CircuitConfig("continuous_sparsification", {"mask_unit": "neuron"}, ["transformer.h.0.attn.c_*"])
+    >>> config.rule()
+    ContinuousSparsification(init_value=0.0)
+
+    Args:
+        mask_method: ``"continuous_sparsification"``, ``"hard_concrete"``, ``"straight_through"``, ``"gumbel_sigmoid"``,
+            ``"top_k"``, ``"magnitude_pruning"`` or ``"random"``.
+        mask_hparams: ``ablation`` (``"none"``, ``"zero_ablate"``, ``"random_ablate"``, ``"randomly_sampled"``,
+            ``"complement_sampled"``), ``mask_unit`` (``"weight"``, ``"neuron"``, ``"input"``, ``"head"``, ``"module"``,
+            ``"expert"``), ``mask_bias``, and the rule's own: ``mask_init_value``, ``mask_init_percentage`` with ``gamma``,
+            ``zeta``, ``beta``, ``keep``, ``prune_percentage``. All have defaults.
+        target_layers: exact module names, globs or ``"re:…"``; empty masks nothing.
+        freeze_base: train the masks only, and keep dropout and batch norm of the base in eval mode.
+        add_l0: add the sparsity penalty to the output's loss, where the model returns one.
+        l0_lambda: weight of that penalty.
+        l0_norm: what the penalty adds up: ``"paper"``, weights kept (each unit counts its fan-in, as the published λ mean
+            it); ``"units"``, units kept; ``"mean"``, the share of units kept, in [0, 1].
+        seed: of everything random in the masks.
+    """
+
+    options = (
+        "mask_method", "mask_hparams", "target_layers", "freeze_base", "add_l0", "l0_lambda", "l0_norm", "seed",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        mask_method: str = "continuous_sparsification",
+        mask_hparams: Mapping[str, Any] | None = None,
+        target_layers: str | Sequence[str] = (),
+        freeze_base: bool = True,
+        add_l0: bool = True,
+        l0_lambda: float = 1e-8,
+        l0_norm: str = "paper",
+        seed: int = 0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        check_choice("mask_method", mask_method, _RULE_OPTIONS)
+        check_choice("l0_norm", l0_norm, L0_NORMS)
+        self.mask_method = mask_method
+        self.mask_hparams = dict(mask_hparams or {})
+        self.target_layers = [target_layers] if isinstance(target_layers, str) else list(target_layers)
+        self.freeze_base, self.add_l0 = freeze_base, add_l0
+        self.l0_lambda, self.l0_norm, self.seed = l0_lambda, l0_norm, seed
+        known = ["ablation", "mask_unit", "mask_bias", *_RULE_OPTIONS[mask_method]]
+        for name in self.mask_hparams:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+                raise ConfigError(f"mask_hparams[{name!r}] means nothing to {mask_method!r}; {hint}")
+        check_choice("mask_hparams['ablation']", self.ablation, ABLATIONS)
+        check_choice("mask_hparams['mask_unit']", self.mask_unit, UNITS)
+        if self.mask_bias and self.mask_unit not in ("weight", "neuron"):
+            raise ConfigError(f"mask_bias goes with mask_unit 'weight' or 'neuron', not {self.mask_unit!r}")
+        self.rule()
+
+    @property
+    def ablation(self) -> str:
+        """The ablation mode the model starts in."""
+        return self.mask_hparams.get("ablation", "none")
+
+    @property
+    def mask_unit(self) -> str:
+        """The unit of every site."""
+        return self.mask_hparams.get("mask_unit", "weight")
+
+    @property
+    def mask_bias(self) -> bool:
+        """Whether biases have masks of their own."""
+        return bool(self.mask_hparams.get("mask_bias", False))
+
+    def rule(self) -> MaskRule:
+        """The mask rule with its hyperparameters."""
+        names = _RULE_OPTIONS[self.mask_method]
+        values = {names[k]: v for k, v in self.mask_hparams.items() if k in names}
+        return RULES[self.mask_method](**values)

@@ -1,0 +1,216 @@
+"""The one place that changes what a model computes, and puts it back.
+
+An intervention replaces units of a site: ``keep·value + (1 − keep)·fill``. Everything is installed on entry of a context
+and gone on exit; parameters are never written to, so the base model is bit-equal afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from probing._errors import MaskError
+from probing._sites import Site, expert_parameters, over_weight
+from probing._tensors import first_tensor, replace_first_tensor
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What happens at one site.
+
+    ``keep`` has the site's shape and any values in [0, 1]. ``bias_keep`` masks the bias of its own accord. ``fill`` is the
+    value removed units take, in activation space (broadcast against the activation); ``weights`` the values removed units'
+    weights take. Without either they take zero.
+    """
+
+    site: Site
+    keep: Tensor
+    bias_keep: Tensor | None = None
+    fill: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@contextmanager
+def intervened(model: nn.Module, interventions: Sequence[Intervention]) -> Iterator[nn.Module]:
+    """The model with all interventions in place, for as long as the context lasts."""
+    with ExitStack() as stack:
+        for item in interventions:
+            stack.enter_context(_one(model.get_submodule(item.site.path), item))
+        yield model
+
+
+@contextmanager
+def swapped(module: nn.Module, name: str, value: Tensor | None) -> Iterator[None]:
+    """``module.name`` reads ``value`` (a tensor with a graph is fine) until the context ends."""
+    original = module._parameters[name]
+    module._parameters[name] = value  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._parameters[name] = original
+
+
+def _one(module: nn.Module, item: Intervention) -> Any:
+    unit = item.site.unit
+    if item.weights is not None:
+        return _in_weights(module, item)
+    if unit in ("weight", "expert"):
+        if item.fill is not None:
+            raise MaskError(f"{item.site.path!r}: a unit of kind {unit!r} has no activation to replace; ablate weights")
+        return _in_weights(module, item)
+    if unit == "neuron":
+        return _outputs(module, item)
+    if unit == "module":
+        return _whole(module, item)
+    return _inputs(module, item)
+
+
+@contextmanager
+def _in_weights(module: nn.Module, item: Intervention) -> Iterator[None]:
+    site = item.site
+    if site.unit == "module":
+        raise MaskError(
+            f"{site.path!r}: a whole module has no weight of its own to exchange; use zero or mean ablation"
+        )
+    names = expert_parameters(module) if site.unit == "expert" else ["weight"]
+    with ExitStack() as stack:
+        for name in names:
+            weight = module.get_parameter(name)
+            keep = item.keep.to(weight.dtype)
+            keep = keep[:, None] if weight.ndim == 2 and site.unit == "expert" else over_weight(site, module, keep)
+            masked = weight * keep
+            if item.weights is not None:
+                masked = masked + item.weights.to(weight.dtype) * (1 - keep)
+            stack.enter_context(swapped(module, name, masked))
+        if item.bias_keep is not None:
+            bias = module.get_parameter("bias")
+            stack.enter_context(swapped(module, "bias", bias * item.bias_keep.to(bias.dtype)))
+        yield
+
+
+@contextmanager
+def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
+    """y = keep·(xW) + b, without a copy of the weight: a scale per channel on the output."""
+    bias = module._parameters.get("bias")
+    channels_last = not isinstance(module, nn.Conv1d | nn.Conv2d)
+
+    def along(vector: Tensor, output: Tensor) -> Tensor:
+        vector = vector.to(output.dtype)
+        return vector if channels_last else vector.view(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[union-attr]
+
+    def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        keep = along(item.keep, output)
+        y = output * keep
+        if item.fill is not None:
+            fill = item.fill.to(output.dtype)
+            y = y + (fill if fill.ndim > 1 else along(fill, output)) * (1 - keep)
+        if bias is None:
+            return y
+        shift = bias if item.bias_keep is None else bias * item.bias_keep.to(bias.dtype)
+        return y + along(shift, output)
+
+    with ExitStack() as stack:
+        if bias is not None:
+            # Conv1D's addmm wants some bias; for the others none at all is cheaper.
+            stack.enter_context(swapped(module, "bias", torch.zeros_like(bias) if isinstance(module, Conv1D) else None))
+        # First among the hooks: a readout on this very module must see the masked value.
+        stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
+@contextmanager
+def _inputs(module: nn.Module, item: Intervention) -> Iterator[None]:
+    """Masked inputs, or heads: a scale per channel on what the module reads."""
+    site = item.site
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        keep = item.keep.to(x.dtype)
+        if site.unit == "head":
+            keep = keep.repeat_interleave(x.shape[-1] // site.heads)
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            keep = keep.view(-1, *[1] * (module.weight.ndim - 2))
+        masked = x * keep
+        if item.fill is not None:
+            masked = masked + item.fill.to(x.dtype) * (1 - keep)
+        return (masked, *args[1:])
+
+    handle = module.register_forward_pre_hook(hook, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _whole(module: nn.Module, item: Intervention) -> Iterator[None]:
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        value = first_tensor(output)
+        if value is None:
+            raise MaskError(f"{item.site.path!r} returns no tensor that could be masked")
+        keep = item.keep.to(value.dtype)
+        masked = value * keep
+        if item.fill is not None:
+            masked = masked + item.fill.to(value.dtype) * (1 - keep)
+        return replace_first_tensor(output, masked)
+
+    handle = module.register_forward_hook(hook, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """What an activation-space intervention would replace at each site, as the model runs: the place fills come from."""
+    seen: dict[str, Tensor] = {}
+    handles: list[Any] = []
+
+    def after(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = first_tensor(output)
+            assert value is not None
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                shape = [-1, *[1] * (module.weight.ndim - 2)] if isinstance(module, nn.Conv1d | nn.Conv2d) else [-1]  # type: ignore[union-attr]
+                value = value - bias.view(shape)
+            seen[path] = value.detach()
+
+        return hook
+
+    def whole(path: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            value = first_tensor(output)
+            assert value is not None
+            seen[path] = value.detach().clone()
+
+        return hook
+
+    def before(path: str) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            seen[path] = args[0].detach()
+
+        return hook
+
+    for site in sites:
+        module = model.get_submodule(site.path)
+        if site.unit in ("weight", "expert"):
+            raise MaskError(f"{site.path!r}: a unit of kind {site.unit!r} has no activation; ablate in weight space")
+        if site.unit == "neuron":
+            handles.append(module.register_forward_hook(after(site.path)))
+        elif site.unit == "module":
+            handles.append(module.register_forward_hook(whole(site.path)))
+        else:
+            handles.append(module.register_forward_pre_hook(before(site.path)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
