@@ -39,6 +39,11 @@ def scatter(circuit, seed=3):
     return circuit
 
 
+def circuit_at_one(net):
+    hparams = {"mask_unit": "neuron", "mask_init_value": 1.0}
+    return CircuitModel(CircuitConfig("continuous_sparsification", hparams, ["0"]), net)
+
+
 def run(model, batch):
     with torch.no_grad():
         return next(iter(model(**batch).values()))
@@ -298,10 +303,9 @@ class TestRules:
 class TestSparsity:
     def test_a_neuron_counts_its_fan_in(self):
         net = nn.Sequential(nn.Linear(10, 20))
-        circuit = CircuitModel(CircuitConfig("continuous_sparsification", {"mask_unit": "neuron", "mask_init_value": 1.0}, ["0"]), net)  # fmt: skip
-        assert circuit.compute_l0_statistics() == {
-            "total_l0": 200, "max_l0": 200, "layer2l0": {"0": 200}, "layer2maxl0": {"0": 200}
-        }  # fmt: skip
+        circuit = circuit_at_one(net)
+        by_layer = {"layer2l0": {"0": 200}, "layer2maxl0": {"0": 200}}
+        assert circuit.compute_l0_statistics() == {"total_l0": 200, "max_l0": 200, **by_layer}
         with torch.no_grad():
             circuit.site_masks[0].logits[3] = -1
         assert circuit.compute_l0_statistics()["total_l0"] == 190

@@ -62,8 +62,8 @@ class CircuitModel(nn.Module):
     >>> circuit.eval().masks().size  # doctest: +SKIP
     412
 
-    Masks act only while this object's ``forward`` runs, or inside ``with circuit.applied(): …``; called directly, the base
-    model computes what it always did. ``close()`` (or ``with CircuitModel(…) as circuit``) also gives it back its
+    Masks act only while this object's ``forward`` runs, or inside ``with circuit.applied(): …``; called directly, the
+    base model computes what it always did. ``close()`` (or ``with CircuitModel(…) as circuit``) also gives it back its
     training flags and gradients' flags.
 
     Args:
@@ -129,8 +129,9 @@ class CircuitModel(nn.Module):
         """What eval mode removes: everything but the circuit (``"none"``), or the circuit itself, or a random control.
 
         Args:
-            mode: ``"none"``, ``"zero_ablate"`` (the circuit gives zero), ``"random_ablate"`` (its weights are drawn anew),
-                ``"randomly_sampled"`` (as many units drawn from all), ``"complement_sampled"`` (… from outside it).
+            mode: ``"none"``, ``"zero_ablate"`` (the circuit gives zero), ``"random_ablate"`` (its weights are drawn
+                anew), ``"randomly_sampled"`` (as many units drawn from all), ``"complement_sampled"`` (… from outside
+                it).
             force_resample: draw again instead of reusing the last draw; weights and biases alike.
         """
         check_choice("ablation", mode, ABLATIONS)

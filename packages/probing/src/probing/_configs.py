@@ -129,14 +129,14 @@ class CircuitConfig(_Config):
             ``"top_k"``, ``"magnitude_pruning"`` or ``"random"``.
         mask_hparams: ``ablation`` (``"none"``, ``"zero_ablate"``, ``"random_ablate"``, ``"randomly_sampled"``,
             ``"complement_sampled"``), ``mask_unit`` (``"weight"``, ``"neuron"``, ``"input"``, ``"head"``, ``"module"``,
-            ``"expert"``), ``mask_bias``, and the rule's own: ``mask_init_value``, ``mask_init_percentage`` with ``gamma``,
-            ``zeta``, ``beta``, ``keep``, ``prune_percentage``. All have defaults.
+            ``"expert"``), ``mask_bias``, and the rule's own: ``mask_init_value``, ``mask_init_percentage`` with
+            ``gamma``, ``zeta``, ``beta``, ``keep``, ``prune_percentage``. All have defaults.
         target_layers: exact module names, globs or ``"re:…"``; empty masks nothing.
         freeze_base: train the masks only, and keep dropout and batch norm of the base in eval mode.
         add_l0: add the sparsity penalty to the output's loss, where the model returns one.
         l0_lambda: weight of that penalty.
-        l0_norm: what the penalty adds up: ``"paper"``, weights kept (each unit counts its fan-in, as the published λ mean
-            it); ``"units"``, units kept; ``"mean"``, the share of units kept, in [0, 1].
+        l0_norm: what the penalty adds up: ``"paper"``, weights kept (each unit counts its fan-in, as the published λ
+            mean it); ``"units"``, units kept; ``"mean"``, the share of units kept, in [0, 1].
         seed: of everything random in the masks.
     """
 

@@ -53,8 +53,8 @@ def _draw(inside: Tensor, generator: torch.Generator, pool: Pool, where: str) ->
     candidates = torch.arange(inside.numel()) if pool == "all" else (~inside).nonzero().flatten()
     if size > candidates.numel():
         raise MaskError(
-            f"the matched random control is undefined at {where!r}: the circuit keeps {size} of {inside.numel()} units and "
-            f"only {candidates.numel()} are outside it; draw from all units, match sizes globally, or prune harder"
+            f"the matched random control is undefined at {where!r}: the circuit keeps {size} of {inside.numel()} units "
+            f"and only {candidates.numel()} are outside it; draw from all units, match sizes globally, or prune harder"
         )
     drawn = torch.zeros_like(inside)
     drawn[candidates[torch.randperm(candidates.numel(), generator=generator)[:size]]] = True

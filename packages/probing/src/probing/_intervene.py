@@ -1,7 +1,7 @@
 """The one place that changes what a model computes, and puts it back.
 
-An intervention replaces units of a site: ``keep·value + (1 − keep)·fill``. Everything is installed on entry of a context
-and gone on exit; parameters are never written to, so the base model is bit-equal afterwards.
+An intervention replaces units of a site: ``keep·value + (1 − keep)·fill``. Everything is installed on entry of a
+context and gone on exit; parameters are never written to, so the base model is bit-equal afterwards.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from probing._tensors import first_tensor, replace_first_tensor
 class Intervention:
     """What happens at one site.
 
-    ``keep`` has the site's shape and any values in [0, 1]. ``bias_keep`` masks the bias of its own accord. ``fill`` is the
-    value removed units take, in activation space (broadcast against the activation); ``weights`` the values removed units'
-    weights take. Without either they take zero.
+    ``keep`` has the site's shape and any values in [0, 1]. ``bias_keep`` masks the bias of its own accord. ``fill`` is
+    the value removed units take, in activation space (broadcast against the activation); ``weights`` the values removed
+    units' weights take. Without either they take zero.
     """
 
     site: Site
