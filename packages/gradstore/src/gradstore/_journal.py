@@ -53,10 +53,10 @@ def read_journal(store: Path, expected: str | None) -> tuple[dict[str, Entry], i
 class Journal:
     """The journal of the one process that writes the store."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, expected: str | None) -> None:
         self._store = store
         self._lock = Lock()  # the writer thread and `write_data` both append
-        self.entries, sound = read_journal(store, None)
+        self.entries, sound = read_journal(store, expected)
         path = store / NAME
         with write_errors(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

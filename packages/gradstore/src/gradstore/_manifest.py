@@ -23,7 +23,7 @@ FORMAT: Final = "gradstore"
 VERSION: Final = 1
 NAME: Final = "manifest.json"
 SIDE_DTYPES: Final = {"fp32": "<f4", "fp64": "<f8", "int32": "<i4", "int64": "<i8"}
-RESERVED: Final = ("rows", "scale")  # tensor names that the encodings use
+RESERVED: Final = ("rows", "scale", "norm")  # tensor names that the encodings use
 
 _PREFIX: Final = b'{\n  "checksum": "'  # fixes where the 32 hex digits of the checksum stand
 _ZEROS: Final = "0" * 32

@@ -1,22 +1,29 @@
-"""Top and bottom rows for many queries in one sweep of the store: blockwise GEMM from the memory map, flat memory."""
+"""Top and bottom rows for many queries in one sweep of the store: blockwise GEMM from the memory map, flat memory.
+
+A float32 GEMM is only the filter: its last bits depend on the block's shape, the threads and the library. Rows that
+could be among the best within its error bound are scored again in float64, so results are the same however the sweep
+is cut, and equal rows tie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradstore._encodings import F32
 from gradstore._errors import InvalidInput
-from gradstore._store import GradientStore
+from gradstore._store import Block, GradientStore
 
 Metric = Literal["dot", "cos"]
+F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-_BLOCK_BYTES = 4 << 20  # decoded float32 block: large enough for GEMM speed, small enough to stay in cache
+_BLOCK_BYTES: Final = 4 << 20  # decoded float32 block: large enough for GEMM speed, small enough to stay in cache
+_TINY: Final = 1e-30  # norms below have squares and products that leave float32's normal range
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +57,23 @@ def search(
 
     Args:
         store: Finished, or partial: then the shards that are there are searched.
-        queries: [q, width] over all modules of the store; stays float32 whatever the store's encoding.
+        queries: [q, width] over all modules of the store; taken as float32, whatever the store's encoding.
         k: Hits per query and side; more than there are rows gives all rows.
         metric: `dot`, or `cos`: the dot product over both norms, each over the chosen modules; 0 for a zero vector.
         modules: Restrict the score to these modules.
-        block_rows: Rows per GEMM; changes speed, not results (beyond the last bits of float32 sums).
+        block_rows: Rows per GEMM; changes the speed, never the result.
 
-    Equal scores are ordered by the lower row number, on both sides.
+    Scores are float64 sums rounded to float32. Equal ones are ordered by the lower row number, on both sides.
     """
     if k < 0:
         raise InvalidInput(f"k is {k}; ask for 0 hits or more.")
-    count = len(queries)
-    top, bottom = _Best(count, k), _Best(count, k)
-    for start, block in _score_blocks(store, queries, metric, modules, block_rows):
-        top.add(start, block)
-        bottom.add(start, -block)
-    top_rows, top_scores = top.sorted()
-    bottom_rows, bottom_scores = bottom.sorted()
-    return SearchResult(top_rows, top_scores, bottom_rows, -bottom_scores + 0)  # + 0: no negative zeros
+    scorer = _Scorer(store, queries, metric, modules)
+    top, bottom = _Best(len(queries), k), _Best(len(queries), k)
+    for start, block in scorer.sweep(block_rows):
+        exact = block.exact
+        top.add(start, block.scores, block.errors, exact)
+        bottom.add(start, -block.scores, block.errors, lambda query, rows, exact=exact: -exact(query, rows))
+    return SearchResult(top.rows, top.scores, bottom.rows, -bottom.scores + 0)  # + 0: no negative zeros
 
 
 def scores(
@@ -78,49 +84,85 @@ def scores(
     modules: Sequence[str] | None = None,
     block_rows: int | None = None,
 ) -> F32:
-    """Every score, float32 [q, rows]; arguments as in `search`. Rows of missing shards in a partial store are NaN."""
+    """Every score, float32 [q, rows], straight from the float32 GEMM; arguments as in `search`.
+
+    Example:
+        >>> scores(store, queries).argsort(axis=1)  # full orderings, as LDS needs them
+
+    Rows of missing shards in a partial store are NaN.
+    """
+    scorer = _Scorer(store, queries, metric, modules)
     out = np.full((len(queries), store.rows), np.nan, np.float32)
-    for start, block in _score_blocks(store, queries, metric, modules, block_rows):
-        out[:, start : start + block.shape[1]] = block
+    for start, block in scorer.sweep(block_rows):
+        out[:, start : start + block.scores.shape[1]] = block.scores
     return out
 
 
-def _score_blocks(
-    store: GradientStore, queries: NDArray[Any], metric: str, modules: Sequence[str] | None, block_rows: int | None
-) -> Iterator[tuple[int, F32]]:
-    """First row and scores [q, n] of one block after the other."""
-    columns = store.select(modules)
-    exact = _check_queries(store, queries, metric)
-    if columns is not None:
-        exact = np.concatenate([exact[:, part] for part in columns], axis=1)
-    if metric == "cos":
-        norms = np.linalg.norm(exact.astype(np.float64), axis=1, keepdims=True)
-        exact = (exact / np.where(norms > 0, norms, 1)).astype(np.float32)
-    step = block_rows or max(64, _BLOCK_BYTES // (4 * max(exact.shape[1], 1)))
-    for shard in store.sweep():
-        for start in range(shard.start, shard.stop, step):
-            block = shard.cut(start, min(start + step, shard.stop))
-            values = block.values(columns)
-            result = exact @ values.T
-            if metric == "cos":  # the row's scale cancels
-                norm = _norms(values)
-                np.divide(result, norm, out=result, where=norm > 0)
-            elif block.scale is not None:
-                result *= block.scale
-            if not np.isfinite(result).all():
-                raise InvalidInput(
-                    f"Scores of rows {start}..{start + len(values) - 1} overflow float32. Scale the queries down."
-                )
-            yield start, result
+@dataclass(frozen=True, slots=True)
+class _ScoredBlock:
+    """GEMM scores [q, n], a bound [q, n] on their error, and float64 scores of chosen rows rounded to float32."""
+
+    scores: F32
+    errors: F32
+    exact: Callable[[int, I64], F32]
 
 
-def _norms(values: F32) -> F32:
-    squares = np.einsum("nd,nd->n", values, values)
-    norms = np.sqrt(squares)
-    odd = ~((squares > 1e-30) & (squares < np.inf))  # the square left float32's range, the norm need not have
-    if odd.any():
-        norms[odd] = np.linalg.norm(values[odd].astype(np.float64), axis=1)
-    return norms
+class _Scorer:
+    """Queries against blocks: what is computed once per search."""
+
+    def __init__(self, store: GradientStore, queries: NDArray[Any], metric: str, modules: Sequence[str] | None) -> None:
+        self._store = store
+        self._cos = metric == "cos"
+        self._columns = store.select(modules)
+        chosen = _check_queries(store, queries, metric)
+        if self._columns is not None:
+            chosen = np.concatenate([chosen[:, part] for part in self._columns], axis=1)
+        self._exact = chosen.astype(np.float64)
+        self._norms = np.sqrt((self._exact * self._exact).sum(axis=1))
+        if self._cos:
+            chosen = (self._exact / np.where(self._norms > 0, self._norms, 1)[:, None]).astype(np.float32)
+        self._queries = np.ascontiguousarray(chosen.T)  # [d, q]: the faster orientation for tall blocks
+        width = chosen.shape[1]
+        # Higham and Mary 2019: rounding errors of a length-n sum grow like sqrt(n) u, not n u; 4 sqrt(n) is generous
+        self._relative = (4 * width**0.5 + 8) * 2.0**-24
+        self._step = max(16, _BLOCK_BYTES // (4 * max(width, 1)))
+
+    def sweep(self, block_rows: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
+        """First row and scores of one block after the other."""
+        step = block_rows or self._step
+        for shard in self._store.sweep():
+            for start in range(shard.start, shard.stop, step):
+                yield start, self._score(shard.cut(start, min(start + step, shard.stop)))
+
+    def _score(self, block: Block) -> _ScoredBlock:
+        values, scale = block.values(self._columns), block.scale
+        norm = block.norm if self._columns is None or not self._cos else _norms(values, scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = (values @ self._queries).T
+            if scale is not None:
+                result *= scale
+            if self._cos:
+                result = np.divide(result, norm, out=np.zeros_like(result), where=norm > 0)
+        if not np.isfinite(result).all():
+            rows = f"{block.start}..{block.stop - 1}"
+            raise InvalidInput(f"Scores of rows {rows} overflow float32. Scale the queries down.")
+        if self._cos:
+            errors = np.broadcast_to(np.where((norm > 0) & (norm < _TINY), np.inf, self._relative), result.shape)
+        else:
+            bound = np.where((norm > 0) & (norm < _TINY), np.inf, self._relative * norm.astype(np.float64))
+            errors = np.where(self._norms[:, None] > 0, self._norms[:, None] * bound, 0)
+
+        def exact(query: int, rows: I64) -> F32:
+            picked = values[rows].astype(np.float64)
+            dot = (picked * self._exact[query]).sum(axis=1)
+            if self._cos:  # the row's scale cancels
+                lengths = self._norms[query] * np.sqrt(np.multiply(picked, picked, out=picked).sum(axis=1))
+                dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
+            elif scale is not None:
+                dot *= scale[rows]
+            return dot.astype(np.float32)
+
+        return _ScoredBlock(result, errors.astype(np.float32), exact)
 
 
 def _check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> F32:
@@ -128,55 +170,59 @@ def _check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> 
         raise InvalidInput(f"Unknown metric {metric!r}; known: 'dot', 'cos'.")
     if queries.ndim != 2 or queries.shape[1] != store.width:
         raise InvalidInput(
-            f"Queries have shape {queries.shape}; expected [q, {store.width}] (all modules of the store, even "
-            "when `modules` restricts the score). Queries and store must come from the same plan."
+            f"Queries have shape {queries.shape}; expected [q, {store.width}] (all modules of the store, even when "
+            "`modules` restricts the score). Queries and store must come from the same plan."
         )
-    exact = np.ascontiguousarray(queries, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = np.ascontiguousarray(queries, np.float32)
     finite = np.isfinite(exact).all(axis=1)
     if not finite.all():
-        raise InvalidInput(f"Query {int(np.argmin(finite))} holds non-finite values.")
+        raise InvalidInput(f"Query {int(np.argmin(finite))} holds values that are not finite in float32.")
     return exact
 
 
+def _norms(values: F32, scale: F32 | None) -> F32:
+    with np.errstate(over="ignore"):
+        squares = np.einsum("nd,nd->n", values, values)
+    norms = np.sqrt(squares)
+    odd = ~((squares > _TINY) & (squares < np.inf))  # the square left float32's range, the norm need not have
+    if odd.any():
+        norms[odd] = np.linalg.norm(values[odd].astype(np.float64), axis=1)
+    return norms if scale is None else norms * scale
+
+
 class _Best:
-    """The k largest scores seen so far, per query, with their rows; blocks come in row order."""
+    """The k largest exact scores seen so far, per query, with their rows; blocks come in row order."""
 
     def __init__(self, queries: int, k: int) -> None:
         self._k = k
-        self._rows = np.empty((queries, 0), np.int64)
-        self._scores = np.empty((queries, 0), np.float32)
+        self.rows = np.empty((queries, 0), np.int64)
+        self.scores = np.empty((queries, 0), np.float32)
 
-    def add(self, start: int, block: F32) -> None:
-        if self._k == 0:
+    def add(self, start: int, scores: F32, errors: F32, exact: Callable[[int, I64], F32]) -> None:
+        """Take in the next block: GEMM scores [q, n] right to within `errors`, and the way to exact ones."""
+        size = self.scores.shape[1]
+        grown = min(self._k, size + scores.shape[1])
+        if grown == 0:
             return
-        size = self._scores.shape[1]
-        if size < self._k:
-            touched = np.arange(len(block))
-        else:
-            # later rows lose ties, so only a strictly larger score can enter
-            touched = np.flatnonzero(block.max(axis=1) > self._scores[:, -1])
-        if not len(touched):
-            return
-        grown = min(self._k, size + block.shape[1])
-        rows = np.empty((len(block), grown), np.int64)
-        values = np.empty((len(block), grown), np.float32)
-        if size == grown:
-            rows, values = self._rows, self._scores
-        for query in touched:
-            near = _largest(block[query], grown)
-            merged_rows = np.concatenate([self._rows[query], start + near])
-            merged = np.concatenate([self._scores[query], block[query, near]])
-            order = np.argsort(-merged, kind="stable")[:grown]  # earlier rows stand first, so ties keep row order
-            rows[query], values[query] = merged_rows[order], merged[order]
-        self._rows, self._scores = rows, values
-
-    def sorted(self) -> tuple[I64, F32]:
-        """Rows and scores, best first."""
-        return self._rows, self._scores
+        upper = scores + errors
+        old_rows, old_scores = self.rows, self.scores
+        if size < grown:
+            self.rows = np.empty((len(scores), grown), np.int64)
+            self.scores = np.empty((len(scores), grown), np.float32)
+            touched = np.arange(len(scores))
+        else:  # later rows lose ties, so only what may be strictly larger can enter
+            touched = np.flatnonzero((upper > old_scores[:, -1:]).any(axis=1))
+        for query in touched.tolist():
+            floor = _kth_largest(scores[query] - errors[query], grown)
+            if size == grown:
+                floor = max(floor, np.nextafter(old_scores[query, -1], np.float32(np.inf)))
+            near = np.flatnonzero(upper[query] >= floor)
+            rows = np.concatenate([old_rows[query], start + near])
+            values = np.concatenate([old_scores[query], exact(query, near)])
+            order = np.argsort(-values, kind="stable")[:grown]  # earlier rows stand first, so ties keep row order
+            self.rows[query], self.scores[query] = rows[order], values[order]
 
 
-def _largest(scores: F32, k: int) -> I64:
-    """Positions, ascending, of the k largest scores with all their ties (all, if there are fewer)."""
-    if len(scores) <= k:
-        return np.arange(len(scores))
-    return np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
+def _kth_largest(scores: F32, k: int) -> float:
+    return -np.inf if len(scores) <= k else float(np.partition(scores, len(scores) - k)[len(scores) - k])

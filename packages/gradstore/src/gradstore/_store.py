@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstore._data import data_files, decode_row
-from gradstore._encodings import F32, decode
+from gradstore._encodings import F32, decode, tensor_names
 from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
 from gradstore._journal import read_journal
 from gradstore._manifest import SIDE_DTYPES, load_manifest
@@ -26,16 +26,19 @@ _MAPPED_FILES = 16  # kept open for row-wise access; a sweep keeps one
 class Block:
     """Consecutive rows of one shard as they lie in the memory map."""
 
-    __slots__ = ("_dtype", "_rows", "_scale", "start", "stop")
+    __slots__ = ("_dtype", "_rows", "norm", "scale", "start", "stop")
 
-    def __init__(self, start: int, rows: NDArray[np.generic], scale: F32 | None, dtype: str) -> None:
+    def __init__(self, start: int, rows: NDArray[np.generic], norm: F32, scale: F32 | None, dtype: str) -> None:
         self.start, self.stop = start, start + len(rows)
-        self._rows, self._scale, self._dtype = rows, scale, dtype
+        self._rows, self._dtype = rows, dtype
+        self.norm = norm  # float32 [n], of the scaled row over all modules
+        self.scale = scale  # float32 [n] to multiply the values by, or None where the encoding needs none
 
     def cut(self, start: int, stop: int) -> Block:
         """Rows `start` to `stop` (numbers of the store) of this block."""
         part = slice(start - self.start, stop - self.start)
-        return Block(start, self._rows[part], None if self._scale is None else self._scale[part], self._dtype)
+        scale = None if self.scale is None else self.scale[part]
+        return Block(start, self._rows[part], self.norm[part], scale, self._dtype)
 
     def values(self, columns: Sequence[slice] | None = None) -> F32:
         """float32 [n, d] without the scale; a view where nothing needs doing."""
@@ -43,11 +46,6 @@ class Block:
             return decode(self._rows, self._dtype)
         parts = [decode(self._rows[:, part], self._dtype) for part in columns]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-
-    @property
-    def scale(self) -> F32 | None:
-        """float32 [n] to multiply the values by, or None where the encoding needs none."""
-        return self._scale
 
 
 class GradientStore:
@@ -194,15 +192,16 @@ class GradientStore:
 
     def _shard_block(self, shard: int, *, keep: bool = True) -> Block:
         tensors = self._tensors(shard, keep=keep)
+        norm = tensors["norm"].astype(np.float32, copy=False)
         scale = tensors["scale"].astype(np.float32, copy=False) if "scale" in tensors else None
-        return Block(self.manifest.span(shard)[0], tensors["rows"], scale, self.dtype)
+        return Block(self.manifest.span(shard)[0], tensors["rows"], norm, scale, self.dtype)
 
     def _tensors(self, shard: int, *, keep: bool = True) -> dict[str, NDArray[np.generic]]:
         file = shard_file(shard)
         tensors = shard_tensors(self._map(file, keep=keep), self.path / file)
         start, stop = self.manifest.span(shard)
-        if "rows" not in tensors or tensors["rows"].shape[0] != stop - start:
-            raise StoreCorrupt(f"{self.path / file}: holds other rows than {start}..{stop - 1}.")
+        if not tensor_names(self.dtype) <= set(tensors) or len(tensors["rows"]) != stop - start:
+            raise StoreCorrupt(f"{self.path / file}: does not hold the {self.dtype} rows {start}..{stop - 1}.")
         return tensors
 
     def _map(self, file: str, *, keep: bool = True) -> mmap.mmap:

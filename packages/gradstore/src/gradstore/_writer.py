@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from gradstore import _journal, _manifest
 from gradstore._data import data_files, encode_rows
-from gradstore._encodings import Tensor, encode
+from gradstore._encodings import Tensor, decode, encode
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
-from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, write_atomic, write_errors
+from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, sync_folder, write_atomic, write_errors
 from gradstore._journal import Entry, Journal
 from gradstore._manifest import Side
 from gradstore._shard import shard_parts
@@ -45,10 +46,8 @@ class StoreWriter:
         """Use `create` or `resume`."""
         self.path = path
         self._lock = lock
-        self._journal = Journal(path)
         self.manifest = _manifest.load_manifest(path)
-        if self.manifest.complete:
-            self._journal.entries = _journal.read_journal(path, self.manifest.journal)[0]
+        self._journal = Journal(path, self.manifest.journal)
         self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
         self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
         self._error: Exception | None = None
@@ -92,18 +91,13 @@ class StoreWriter:
             side=side_columns,
             data=data,
         )
-        if (store / _manifest.NAME).exists():
-            raise StoreExists(f"{store}: holds a store already. Resume it, choose another path, or remove the folder.")
+        _require_free(store)
         with write_errors(store):
             store.mkdir(parents=True, exist_ok=True)
-        # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
-        foreign = {entry.name for entry in store.iterdir()} - {
-            *("writer.lock", "shards", "data", _journal.NAME, _manifest.NAME + TEMP_SUFFIX)
-        }
-        if foreign:
-            raise StoreExists(f"{store}: not empty ({min(foreign)!r} is in it). Choose a new folder for the store.")
+            sync_folder(store.parent)
         lock = WriterLock(store)
         try:
+            _require_free(store)  # again, now that no other writer can be at it
             for folder in ("shards", "data"):
                 if (store / folder).is_dir():
                     shutil.rmtree(store / folder)
@@ -168,7 +162,8 @@ class StoreWriter:
                 f"Shard {shard_index} got rows of shape {rows.shape}; expected {(stop - start, self.manifest.width)} "
                 f"(rows {start}..{stop - 1}, all {len(self.manifest.columns)} modules side by side)."
             )
-        job = shard_index, np.array(rows, np.float32), self._side_tensors(side or {}, start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused by name below
+            job = shard_index, np.array(rows, np.float32), self._side_tensors(side or {}, start, stop)
         if self._thread is None:
             self._thread = Thread(target=self._work, name="gradstore-writer", daemon=True)
             self._thread.start()
@@ -218,6 +213,9 @@ class StoreWriter:
         self._drain()
         self._journal.close()
         self._lock.release()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -225,11 +223,14 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
+        if kind is None:
+            try:
                 self.finish()
-        finally:
-            self.close()
+            finally:
+                self.close()
+        else:
+            with suppress(GradStoreError):  # the block's own error is the one to show
+                self.close()
 
     def _side_tensors(self, side: Mapping[str, NDArray[Any]], start: int, stop: int) -> dict[str, Tensor]:
         expected = self.manifest.side
@@ -257,27 +258,29 @@ class StoreWriter:
 
     def _write_shard(self, shard: int, rows: NDArray[np.float32], side: dict[str, Tensor]) -> None:
         tensors = encode(rows, self.manifest.dtype)
-        self._require_finite(tensors["rows"], rows, self.manifest.span(shard)[0])
+        self._require_finite(tensors, rows, self.manifest.span(shard)[0])
         file = shard_file(shard)
         size, digest = write_atomic(self.path / file, shard_parts({**tensors, **side}))
         self._journal.add(Entry(file, size, digest))
 
-    def _require_finite(self, stored: Tensor, rows: NDArray[np.float32], start: int) -> None:
-        if stored.dtype == "BF16":
-            finite = (stored.array.view(np.uint16) & 0x7F80) != 0x7F80
-        else:
-            finite = np.isfinite(stored.array)
-        if finite.all():
+    def _require_finite(self, tensors: Mapping[str, Tensor], rows: NDArray[np.float32], start: int) -> None:
+        bad = ~np.isfinite(tensors["norm"].array)
+        if not bad.any():
             return
-        row, column = (int(i) for i in np.argwhere(~finite)[0])
+        row = int(np.argmax(bad))
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = decode(tensors["rows"].array[row : row + 1], self.manifest.dtype)[0]
+        finite = np.isfinite(stored)
+        if finite.all():
+            raise InvalidInput(f"Row {start + row}: its norm overflows float32. Look for an exploding loss.")
+        column = int(np.argmin(finite))
         starts = np.cumsum([0, *self.manifest.columns.values()])
         which = int(np.searchsorted(starts, column, side="right")) - 1
-        module, offset = list(self.manifest.columns)[which], column - int(starts[which])
         value = float(rows[row, column])
         cause = f"overflows {self.manifest.dtype}" if np.isfinite(value) else "is not finite"
         raise InvalidInput(
-            f"Row {start + row}, module {module!r}, entry {offset}: {value!r} {cause}. "
-            "Look for NaN weights or an exploding loss in that example."
+            f"Row {start + row}, module {list(self.manifest.columns)[which]!r}, entry {column - int(starts[which])}: "
+            f"{value!r} {cause}. Look for NaN weights or an exploding loss in that example."
         )
 
     def _add_data(self, file: str, part: bytes, start: int, stop: int) -> None:
@@ -325,6 +328,19 @@ class StoreWriter:
             error, self._error = self._error, None
             self._accepted = {s for s in self._accepted if shard_file(s) in self._journal.entries}
             raise error
+
+
+def _require_free(store: Path) -> None:
+    if (store / _manifest.NAME).exists():
+        raise StoreExists(f"{store}: holds a store already. Resume it, choose another path, or remove the folder.")
+    if store.exists():
+        if not store.is_dir():
+            raise StoreExists(f"{store}: is a file. Choose a new folder for the store.")
+        # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
+        ours = {"writer.lock", "shards", "data", _journal.NAME}
+        foreign = {p.name for p in store.iterdir() if p.name not in ours and p.suffix != TEMP_SUFFIX}
+        if foreign:
+            raise StoreExists(f"{store}: not empty ({min(foreign)!r} is in it). Choose a new folder for the store.")
 
 
 def shard_file(shard: int) -> str:
