@@ -1,3 +1,59 @@
-"""sparsify."""
+"""Sparse autoencoders and transcoders on the activations of any transformer.
 
-__all__: list[str] = []
+>>> from sparsify import Sae
+>>> sae = Sae.load_from_hub("EleutherAI/sae-llama-3-8b-32x", hookpoint="layers.10")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparsify._config import SaeConfig, SparseCoderConfig, TrainConfig, TranscoderConfig
+from sparsify._errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FormatError,
+    HookpointError,
+    SparsifyError,
+)
+
+if TYPE_CHECKING:
+    from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
+
+__all__ = [
+    "Sae",
+    "SaeConfig",
+    "SparseCoder",
+    "SparseCoderConfig",
+    "TranscoderConfig",
+    "EncoderOutput",
+    "ForwardOutput",
+    "TrainConfig",
+    "SparsifyError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FormatError",
+    "HookpointError",
+]
+
+# Names that need torch are imported on first use: `python -m sparsify --help` must not pay for it.
+_LAZY = {
+    "Sae": "sparsify._coder",
+    "SparseCoder": "sparsify._coder",
+    "EncoderOutput": "sparsify._coder",
+    "ForwardOutput": "sparsify._coder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

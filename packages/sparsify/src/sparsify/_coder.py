@@ -1,0 +1,422 @@
+"""The sparse coder: an SAE, a transcoder or a skip-transcoder, in the parameters EleutherAI's files name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import _activations as activations
+from sparsify._config import SaeConfig
+from sparsify._errors import ConfigError, DataError
+from sparsify._select import Above, Among, BatchTopK, GroupMax, Rule, TopK
+from sparsify._sparse import Routes, chosen_products, decode, products_of
+
+
+class EncoderOutput(NamedTuple):
+    """Active latents of each token: activations and indices are (..., K), unused places hold activation 0."""
+
+    top_acts: Tensor
+    top_indices: Tensor
+    pre_acts: Tensor | None = None
+    """(..., M) after the ReLU; only where asked for, since it is M / K times the size of the rest."""
+
+
+class ForwardOutput(NamedTuple):
+    """A reconstruction and its losses, each a scalar; those not asked for are 0."""
+
+    sae_out: Tensor
+    latent_acts: Tensor
+    latent_indices: Tensor
+    fvu: Tensor
+    auxk_loss: Tensor
+    multi_topk_fvu: Tensor
+    nested_fvu: Tensor
+    """Matryoshka: the FVUs of all proper prefixes, summed."""
+    sparsity_loss: Tensor
+    """JumpReLU: (L0 / k − 1)². Gated: L1 of the gate plus the gate's own reconstruction."""
+
+
+class SparseCoder(nn.Module):
+    """Encodes vectors as a few active latents and decodes them again.
+
+    >>> sae = SparseCoder(16, SaeConfig(k=4, expansion_factor=8))
+    >>> acts, indices, _ = sae.encode(torch.randn(10, 16))
+    >>> sae.decode(acts, indices).shape
+    torch.Size([10, 16])
+
+    With W = ``encoder.weight`` (M, D), rows of ``W_dec`` (M, Do), c = ``b_dec`` for autoencoders and 0 for transcoders:
+
+        a = W (x − c) + b        f = activation(a)        y = Σ_j f_j W_dec[j] + b_dec (+ W_skip x)
+
+    Args:
+        d_in: input width D.
+        cfg: shape and activation.
+        d_out: output width Do of a transcoder; D by default.
+        decoder: False makes an encoder alone.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        cfg: SaeConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        d_out: int | None = None,
+        decoder: bool = True,
+    ) -> None:
+        super().__init__()
+        self.threshold: Tensor
+        self.bandwidth: Tensor
+        self.cfg, self.d_in, self.d_out = cfg, d_in, d_in if d_out is None else d_out
+        self.num_latents = cfg.latents(d_in)
+        if self.d_out != d_in and not cfg.transcode:
+            raise ConfigError(f"an autoencoder has d_out = d_in = {d_in}, found d_out={self.d_out}; set transcode=True")
+        made = {"device": device, "dtype": dtype}
+        self.encoder = nn.Linear(d_in, self.num_latents, **made)
+        nn.init.zeros_(self.encoder.bias)
+        self.W_dec = self._new_decoder() if decoder else None
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **made))
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, **made)) if cfg.skip_connection else None
+        if cfg.activation == "batchtopk":
+            # −1: not yet learned. Kept in fp32 because it is a running mean.
+            self.register_buffer("threshold", torch.tensor(-1.0, device=device))
+        elif cfg.activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.full((self.num_latents,), 0.01, **made))
+            self.register_buffer("bandwidth", torch.tensor(0.05, device=device))
+        elif cfg.activation == "gated":
+            self.r_mag = nn.Parameter(torch.zeros(self.num_latents, **made))
+            self.b_mag = nn.Parameter(torch.zeros(self.num_latents, **made))
+
+    def _new_decoder(self) -> nn.Parameter:
+        weight = self.encoder.weight
+        if self.cfg.tied:
+            with torch.no_grad():
+                weight.div_(weight.norm(dim=1, keepdim=True))
+            assert isinstance(weight, nn.Parameter)
+            return weight
+        if self.cfg.transcode:
+            return nn.Parameter(weight.new_zeros(self.num_latents, self.d_out))
+        copy = weight.detach().clone()
+        return nn.Parameter(copy / copy.norm(dim=1, keepdim=True) if self.cfg.normalize_decoder else copy)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype; inputs are converted to it."""
+        return self.encoder.weight.dtype
+
+    @property
+    def centre(self) -> Tensor | None:
+        """What is subtracted from inputs."""
+        return None if self.cfg.transcode else self.b_dec
+
+    # ------------------------------------------------------------------ encode and decode
+
+    def encode(self, x: Tensor, *, pre_acts: bool = False) -> EncoderOutput:
+        """The active latents of x, (..., D). ``pre_acts=True`` adds all M pre-activations, after the ReLU."""
+        flat, shape = self._flat(x), x.shape[:-1]
+        products = chosen_products(flat, self.encoder.weight, self.encoder.bias, self.centre, [self._rule()])
+        acts = self._activate(products.values, products.routes)
+        every = None
+        if pre_acts:
+            centred = flat if self.centre is None else flat - self.centre
+            every = _shaped(products_of(centred, self.encoder.weight, self.encoder.bias).relu(), shape)
+        return EncoderOutput(_shaped(acts, shape), _shaped(products.routes.indices, shape), every)
+
+    def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        """Σ_j acts_j W_dec[j] + b_dec for codes (..., K); the skip connection is not part of it."""
+        shape = top_acts.shape[:-1]
+        routes = Routes(_rows(top_indices), None, self.num_latents)
+        if top_acts.is_inference() and not torch.is_inference_mode_enabled():
+            top_acts = top_acts.clone()  # autograd cannot save tensors made under inference_mode
+        y = decode(_rows(top_acts).to(self.dtype), routes, self._decoder())
+        return _shaped(y + self.b_dec, shape)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """decode(encode(x)) with the skip connection: what is grafted into a model. (..., D) to (..., Do)."""
+        acts, indices, _ = self.encode(x)
+        y = self.decode(acts, indices)
+        return y if self.W_skip is None else y + x.to(self.dtype) @ self.W_skip.T
+
+    # ------------------------------------------------------------------ losses
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        dead_mask: Tensor | None = None,
+        total_variance: Tensor | None = None,
+        k: int | None = None,
+    ) -> ForwardOutput:
+        """Reconstruct x, or predict y from it, with every loss the configuration asks for.
+
+        Args:
+            x: (..., D). y: (..., Do), x itself by default.
+            dead_mask: (M,) bool, the latents AuxK should revive.
+            total_variance: Σ‖y − ȳ‖² of the whole batch, where x is only a chunk of it.
+            k: active latents, where a schedule sets it; ``cfg.k`` by default.
+        """
+        k = self.cfg.k if k is None else k
+        flat, shape = self._flat(x), x.shape[:-1]
+        target = flat if y is None else _rows(y).to(self.dtype)
+        if total_variance is None:
+            total_variance = (target - target.mean(0)).square().sum()
+        dead, k_aux = self._dead(dead_mask)
+        rules: list[Rule] = [self._rule(k)]
+        if k_aux:
+            rules.append(Among(dead, k_aux))
+        values, routes, widths = chosen_products(flat, self.encoder.weight, self.encoder.bias, self.centre, rules)
+
+        base = self.b_dec if self.W_skip is None else self.b_dec + flat @ self.W_skip.T
+        zero = values.new_zeros(())
+        main, main_routes = _columns(values, routes, slice(0, widths[0]))
+        acts, out, multi = self._reconstruction(main, main_routes, base, k, target, total_variance)
+        fvu = (target - out).square().sum() / total_variance
+        auxk = zero
+        if k_aux:
+            aux, aux_routes = _columns(values, routes, slice(widths[0], None))
+            guess = decode(aux.relu(), aux_routes, self._decoder())
+            # Gao et al. 2024, A.2; fewer dead latents than k_aux count for proportionally less.
+            scale = min(dead.numel() / (self.d_out // 2), 1.0)
+            auxk = scale * (guess - (target - out).detach()).square().sum() / total_variance
+        nested = self._nested(acts, main_routes, base, target, total_variance) if self.cfg.matryoshka else zero
+        sparsity = self._sparsity(main, main_routes, k, target, total_variance)
+        active, indices = acts[:, :k] if multi is not None else acts, main_routes.indices
+        indices = indices[:, :k] if multi is not None else indices
+        return ForwardOutput(
+            _shaped(out, shape),
+            _shaped(active, shape),
+            _shaped(indices, shape),
+            fvu,
+            auxk,
+            zero if multi is None else multi,
+            nested,
+            sparsity,
+        )
+
+    def _reconstruction(
+        self, products: Tensor, routes: Routes, base: Tensor, k: int, target: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        acts = self._activate(products, routes)
+        if not self.cfg.multi_topk:
+            return acts, decode(acts, routes, self._decoder()) + base, None
+        # The 4k entries are in order, so the first k are the code and the rest only refine it.
+        first, first_routes = _columns(acts, routes, slice(0, k))
+        rest, rest_routes = _columns(acts, routes, slice(k, None))
+        out = decode(first, first_routes, self._decoder()) + base
+        wide = out + decode(rest, rest_routes, self._decoder())
+        return acts, out, (target - wide).square().sum() / variance
+
+    def _nested(self, acts: Tensor, routes: Routes, base: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+        total, out, begin = acts.new_zeros(()), base, 0
+        for end in self.cfg.matryoshka[:-1]:
+            inside = (routes.indices >= begin) & (routes.indices < end)
+            inside = inside if routes.valid is None else inside & routes.valid
+            ring = Routes(routes.indices, inside, self.num_latents)
+            out = out + decode(acts.masked_fill(~inside, 0.0), ring, self._decoder())
+            total = total + (target - out).square().sum() / variance
+            begin = end
+        return total
+
+    def _sparsity(self, products: Tensor, routes: Routes, k: int, target: Tensor, variance: Tensor) -> Tensor:
+        if self.cfg.activation == "jumprelu":
+            theta = self._per_entry(self.threshold, routes)
+            steps = routes.masked(activations.step(products, theta, self.bandwidth))
+            return (steps.sum() / (max(products.shape[0], 1) * k) - 1).square()
+        if self.cfg.activation == "gated":
+            gate, decoder = products.relu(), self._decoder().detach()
+            guess = decode(gate, routes, decoder) + self.b_dec.detach()
+            scale = (variance / max(products.shape[0], 1)).sqrt()
+            lengths = self._per_entry(decoder.norm(dim=1), routes)
+            l1 = (gate * lengths).sum() / (max(products.shape[0], 1) * scale * k**0.5)
+            return l1 + (target - guess).square().sum() / variance
+        return products.new_zeros(())
+
+    # ------------------------------------------------------------------ the activation
+
+    def _rule(self, k: int | None = None) -> Rule:
+        k = self.cfg.k if k is None else k
+        match self.cfg.activation:
+            case "topk":
+                if self.training and self.cfg.multi_topk and torch.is_grad_enabled():
+                    return TopK(min(4 * k, self.num_latents), in_order=True)
+                return TopK(k)
+            case "groupmax":
+                return GroupMax(k)
+            case "batchtopk":
+                if self.training:
+                    return BatchTopK(k, self.num_latents)
+                if float(self.threshold) < 0:
+                    raise ConfigError(
+                        "this batchtopk coder has no learned threshold yet, so tokens cannot be encoded one by one: "
+                        "train it, or call .train() to select within the batch"
+                    )
+                return Above(self.threshold.to(self.dtype))
+            case "jumprelu":
+                # While training, the straight-through window reaches half a bandwidth below the threshold.
+                reach = self.bandwidth.to(self.dtype) / 2 if self.training else 0.0
+                return Above(self.threshold.detach() - reach)
+            case "gated":
+                return Above(self.encoder.bias.new_zeros(()))
+
+    def _activate(self, products: Tensor, routes: Routes) -> Tensor:
+        if self.cfg.activation == "jumprelu":
+            theta = self._per_entry(self.threshold, routes)
+            return routes.masked(activations.jump_relu(products, theta, self.bandwidth))
+        if self.cfg.activation == "gated":
+            shared = products - self._per_entry(self.encoder.bias, routes)
+            scale, shift = self._per_entry(self.r_mag.exp(), routes), self._per_entry(self.b_mag, routes)
+            return routes.masked((scale * shared + shift).relu())
+        return products.relu()
+
+    def _per_entry(self, values: Tensor, routes: Routes) -> Tensor:
+        return values.index_select(0, routes.indices.flatten()).view(routes.indices.shape)
+
+    def _dead(self, mask: Tensor | None) -> tuple[Tensor, int]:
+        if mask is None:
+            return torch.empty(0, dtype=torch.long), 0
+        dead = mask.nonzero().squeeze(1)
+        return dead, min(self.d_out // 2, dead.numel())
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.d_in:
+            raise DataError(f"expected vectors of width {self.d_in}, found a tensor of shape {tuple(x.shape)}")
+        return _rows(x).to(self.dtype)
+
+    def _decoder(self) -> Tensor:
+        if self.W_dec is None:
+            raise ConfigError("this coder was loaded with decoder=False, so it can only encode")
+        return self.W_dec
+
+    # ------------------------------------------------------------------ between steps
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, y: Tensor) -> None:
+        """Set the biases from data: outputs start at the mean of y (N, Do), transcoders read inputs around x's mean.
+
+        JumpReLU thresholds start where 4k latents fire.
+        """
+        x, y = self._flat(x), _rows(y).to(self.dtype)
+        self.b_dec.copy_(y.mean(0))
+        if self.cfg.transcode:
+            self.encoder.bias.copy_(-(self.encoder.weight @ x.mean(0)))
+        if self.cfg.activation == "jumprelu":
+            sample = x[:: max(1, x.shape[0] // 512)]
+            centred = sample if self.centre is None else sample - self.centre
+            pre = products_of(centred, self.encoder.weight, self.encoder.bias)
+            start = pre.topk(min(4 * self.cfg.k, self.num_latents), dim=-1).values[:, -1].mean().clamp_min(1e-4)
+            self.threshold.fill_(float(start))
+            self.bandwidth.fill_(float(start) / 2)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Project back onto the constraints: unit decoder rows, thresholds not below zero."""
+        if self.W_dec is not None and (self.cfg.tied or (self.cfg.normalize_decoder and not self.cfg.transcode)):
+            self.set_decoder_norm_to_unit_norm()
+        if self.cfg.activation == "jumprelu":
+            self.threshold.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Divide each decoder row by its length; rows of zeros stay."""
+        weight = self._decoder()
+        tiny = torch.finfo(weight.dtype).tiny
+        weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(tiny))
+
+    @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Make each decoder row's gradient orthogonal to the row."""
+        weight = self._decoder()
+        if weight.grad is not None:
+            weight.grad.addcmul_(torch.linalg.vecdot(weight.grad, weight)[:, None], weight, value=-1)
+
+    @torch.no_grad()
+    def learn_threshold(self, smallest: Tensor, rate: float = 0.01) -> None:
+        """BatchTopK: move the inference threshold towards the smallest activation a batch kept."""
+        first = self.threshold < 0
+        self.threshold.copy_(torch.where(first, smallest, self.threshold + rate * (smallest - self.threshold)))
+
+    def tie(self) -> None:
+        """Make the decoder's rows the encoder's own again, after something has moved or replaced them."""
+        weight = self.encoder.weight
+        assert isinstance(weight, nn.Parameter)
+        self.W_dec = weight
+
+    # ------------------------------------------------------------------ files
+
+    def save_to_disk(self, path: Path | str) -> None:
+        """Write ``cfg.json`` and ``sae.safetensors``, which EleutherAI's sparsify reads too."""
+        from sparsify._files import save_coder
+
+        save_coder(self, Path(path))
+
+    @staticmethod
+    def load_from_disk(path: Path | str, device: str | torch.device = "cpu", *, decoder: bool = True) -> SparseCoder:
+        """Read a folder that this package or EleutherAI's sparsify wrote."""
+        from sparsify._files import load_coder
+
+        return load_coder(Path(path), device, decoder)
+
+    @staticmethod
+    def load_from_hub(
+        name: str,
+        hookpoint: str | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> SparseCoder:
+        """``Sae.load_from_hub("EleutherAI/sae-llama-3-8b-32x", hookpoint="layers.10")``."""
+        from sparsify._files import load_from_hub
+
+        return load_from_hub(name, hookpoint, device, decoder, revision, token)
+
+    @staticmethod
+    def load_many(
+        name: str,
+        local: bool = False,
+        layers: list[str] | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        pattern: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> dict[str, SparseCoder]:
+        """Every coder of a repository or (``local=True``) folder by hookpoint, naturally sorted.
+
+        ``pattern`` is a glob over hookpoints; ``layers`` lists them.
+        """
+        from sparsify._files import load_many
+
+        return load_many(name, local, layers, device, decoder, pattern, revision, token)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    return rows.reshape(*shape, rows.shape[-1])
+
+
+def _columns(values: Tensor, routes: Routes, columns: slice) -> tuple[Tensor, Routes]:
+    """Part of a code; the whole keeps its routes, so that one sort serves encoder and decoder."""
+    part = values[:, columns]
+    if part.shape[1] == values.shape[1]:
+        return values, routes
+    valid = None if routes.valid is None else routes.valid[:, columns]
+    return part, Routes(routes.indices[:, columns].contiguous(), valid, routes.latents)
+
+
+Sae = SparseCoder

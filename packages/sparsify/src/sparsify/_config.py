@@ -1,0 +1,197 @@
+"""What is trained and how: two frozen dataclasses, importable without torch. The command line is made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal
+
+from sparsify._errors import ConfigError, check_choice
+
+Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu", "gated"]
+ACTIVATIONS = ("topk", "groupmax", "batchtopk", "jumprelu", "gated")
+LOSSES = ("fvu", "ce", "kl")
+OPTIMIZERS = ("adam", "signum", "muon")
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """Shape and activation of a sparse coder. The first eight fields are EleutherAI's, in name and meaning.
+
+    >>> SaeConfig(k=64, expansion_factor=8).latents(512)
+    4096
+    """
+
+    activation: Activation = "topk"
+    """Which latents are active: topk, groupmax, batchtopk, jumprelu or gated."""
+    expansion_factor: int = 32
+    """Latents per input dimension, where num_latents is 0."""
+    normalize_decoder: bool = True
+    """Keep decoder rows at unit norm (not for transcoders, whose decoder starts at zero)."""
+    num_latents: int = 0
+    """Number of latents; 0 means expansion_factor times the input width."""
+    k: int = 32
+    """Active latents per token; the target L0 for jumprelu."""
+    multi_topk: bool = False
+    """Add the reconstruction from the top 4k latents to the loss, at weight 1/8."""
+    skip_connection: bool = False
+    """Add a linear map from input to output."""
+    transcode: bool = False
+    """Predict a module's output from its input, instead of a tensor from itself."""
+    tied: bool = False
+    """Use the encoder's rows as the decoder's."""
+    matryoshka: tuple[int, ...] = ()
+    """Nested dictionaries: rising prefix sizes, each of which must reconstruct alone; the last is all latents."""
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.activation, ACTIVATIONS)
+        if self.k < 1:
+            raise ConfigError(f"k={self.k}: at least one latent must be active")
+        if self.num_latents < 0 or self.expansion_factor < 1:
+            raise ConfigError(
+                f"num_latents={self.num_latents}, expansion_factor={self.expansion_factor}: neither may be negative"
+            )
+        if self.multi_topk and self.activation != "topk":
+            raise ConfigError(f"multi_topk needs activation='topk', found {self.activation!r}")
+        if self.tied and self.transcode:
+            raise ConfigError("a transcoder cannot be tied: its encoder reads one space and its decoder writes another")
+        if self.matryoshka:
+            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
+            if list(self.matryoshka) != sorted(set(self.matryoshka)) or self.matryoshka[0] < 1:
+                raise ConfigError(
+                    f"matryoshka={list(self.matryoshka)}: prefix sizes must rise strictly from at least 1"
+                )
+
+    def latents(self, d_in: int) -> int:
+        """The number of latents for inputs of width ``d_in``, after checking that k and the groups fit it."""
+        total = self.num_latents or d_in * self.expansion_factor
+        if self.k > total:
+            raise ConfigError(
+                f"k={self.k} is more than the {total} latents; lower --k, or raise --num_latents or --expansion_factor"
+            )
+        if self.activation == "groupmax" and total % self.k:
+            raise ConfigError(f"groupmax splits the latents into k groups, but k={self.k} does not divide {total}")
+        if self.matryoshka and self.matryoshka[-1] != total:
+            raise ConfigError(f"matryoshka must end at all latents: found {self.matryoshka[-1]}, expected {total}")
+        return total
+
+
+SparseCoderConfig = SaeConfig
+TranscoderConfig = partial(SaeConfig, transcode=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Steps are optimiser steps everywhere; field names are EleutherAI's where they exist there.
+
+    >>> TrainConfig(SaeConfig(k=16), batch_size=16, hookpoints=["layers.[012].mlp"]).loss_fn
+    'fvu'
+    """
+
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    """The coder to train at every hookpoint."""
+    batch_size: int = 32
+    """Sequences per micro-step and process."""
+    grad_acc_steps: int = 1
+    """Batches per optimiser step."""
+    micro_acc_steps: int = 1
+    """Chunks into which a batch's activations are split before they enter the coder."""
+    loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
+    """fvu: reconstruction. ce, kl: end to end, through the model with every coder spliced in."""
+    optimizer: Literal["adam", "signum", "muon"] = "adam"
+    """adam, signum (sign descent under schedule-free averaging), or muon (with adam for vectors)."""
+    lr: float | None = None
+    """Peak learning rate; by default a law in the number of latents, see docs/sparsify.md."""
+    lr_warmup_steps: int = 1000
+    """Warm-up of adam and muon; never more than a tenth of the run."""
+    k_decay_steps: int = 0
+    """Steps over which k falls linearly from 10 times the input width to its value. Experimental."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the AuxK loss, by which dead latents learn the residual."""
+    dead_feature_threshold: int = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    sparsity_coefficient: float = 1.0
+    """Weight of the sparsity loss of jumprelu and gated coders."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids whose activations are neither trained on nor counted."""
+    max_norm_ratio: float = 0.0
+    """Leave out tokens whose input norm exceeds this multiple of the batch's median (attention sinks); 0 keeps all."""
+    buffer_batches: int = 1
+    """Batches whose tokens are mixed before they are served: the shuffle buffer. 1 keeps each batch to itself."""
+    hookpoints: tuple[str, ...] = ()
+    """Module-name patterns relative to the base model; by default every layer's output."""
+    init_seeds: tuple[int, ...] = (0,)
+    """Initialisation seeds; more than one trains as many coders per hookpoint."""
+    layers: tuple[int, ...] = ()
+    """Layer indices, instead of hookpoints."""
+    layer_stride: int = 1
+    """Keep every n-th hookpoint."""
+    distribute_modules: bool = False
+    """Under torchrun: each coder lives on one process, instead of every coder on all."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    save_best: bool = False
+    """Also keep each hookpoint's best coder, judged by the mean loss since the last checkpoint, under best/."""
+    finetune: str | None = None
+    """Folder or Hub repository of coders to start from."""
+    log_every: int = 10
+    """Steps over which logged metrics are averaged."""
+    log_to_wandb: bool = False
+    """Also log to Weights & Biases (needs the wandb package)."""
+    run_name: str | None = None
+    """Folder of this run under save_dir."""
+    save_dir: str = "checkpoints"
+    """Where run folders are made."""
+
+    def __post_init__(self) -> None:
+        for name in ("exclude_tokens", "hookpoints", "init_seeds", "layers"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
+        check_choice("loss_fn", self.loss_fn, LOSSES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "buffer_batches", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.layers and self.hookpoints:
+            raise ConfigError("layers and hookpoints both choose modules: give only one of them")
+        if self.layers and self.layer_stride != 1:
+            raise ConfigError("layers names the layers one by one, so layer_stride has nothing to skip: give only one")
+        if not self.init_seeds:
+            raise ConfigError("init_seeds is empty: at least one seed is needed")
+        if len(set(self.init_seeds)) != len(self.init_seeds):
+            raise ConfigError(f"init_seeds={list(self.init_seeds)} repeats a seed: the coders would be equal")
+        if self.loss_fn != "fvu":
+            self._check_end_to_end()
+
+    def _check_end_to_end(self) -> None:
+        if self.distribute_modules:
+            raise ConfigError(f"loss_fn={self.loss_fn!r} needs every coder in every process: drop distribute_modules")
+        if self.micro_acc_steps > 1:
+            raise ConfigError(
+                f"micro_acc_steps chunks activations, but loss_fn={self.loss_fn!r} sends them through the model: "
+                "use grad_acc_steps"
+            )
+        if self.buffer_batches > 1 or self.max_norm_ratio or len(self.init_seeds) > 1:
+            raise ConfigError(
+                f"loss_fn={self.loss_fn!r} needs whole sequences and one coder per hookpoint: "
+                "drop buffer_batches, max_norm_ratio and extra init_seeds"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; unknown names are refused with the close match."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                raise ConfigError(
+                    f"TrainConfig has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+                )
+        sae = values.get("sae", {})
+        return cls(**{**values, "sae": sae if isinstance(sae, SaeConfig) else SaeConfig(**sae)})
