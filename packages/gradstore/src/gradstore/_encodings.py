@@ -58,17 +58,14 @@ def tensor_names(dtype: str) -> set[str]:
 
 def encode(rows: F32, dtype: str) -> dict[str, Tensor]:
     """float32 [n, D] → the tensors of a shard that carry it; non-finite input gives a non-finite norm."""
-    tensors: dict[str, Tensor] = {}
     if dtype == "fp16":
-        scale = _fp16_scale(rows)
-        stored: Stored = (rows * (1 / scale)[:, None]).astype("<f2")
-        tensors["scale"] = Tensor("F32", scale)
-    else:
-        scale = np.ones(len(rows), np.float32)
-        stored = _to_bfloat16(rows) if dtype == "bf16" else np.ascontiguousarray(rows, "<f4")
-    tensors["rows"] = Tensor(ENCODINGS[dtype].dtype, stored)
-    tensors["norm"] = Tensor("F32", _norms(stored, dtype) * scale)
-    return tensors
+        largest = np.max(np.abs(rows), axis=1, initial=0)
+        scale = _fp16_scale(largest)
+        halves = (rows * (1 / scale)[:, None]).astype("<f2")
+        norm = np.where(np.isfinite(largest), _norms(halves, dtype) * scale, np.float32(np.nan))
+        return {"rows": Tensor("F16", halves), "scale": Tensor("F32", scale), "norm": Tensor("F32", norm)}
+    stored = _to_bfloat16(rows) if dtype == "bf16" else np.ascontiguousarray(rows, "<f4")
+    return {"rows": Tensor(ENCODINGS[dtype].dtype, stored), "norm": Tensor("F32", _norms(stored, dtype))}
 
 
 def decode(stored: Stored, dtype: str) -> F32:
@@ -78,6 +75,13 @@ def decode(stored: Stored, dtype: str) -> F32:
     if dtype == "fp16":
         return _from_float16(stored)
     return stored.astype(np.float32, copy=False)
+
+
+def is_finite(stored: Stored, dtype: str) -> NDArray[np.bool_]:
+    """Which encoded entries are finite; asked of the stored bits, as decoding need not keep an infinity."""
+    if dtype == "bf16":
+        return (stored.view(np.uint16) & 0x7F80) != 0x7F80
+    return np.isfinite(stored)
 
 
 def _from_float16(stored: Stored) -> F32:
@@ -102,8 +106,7 @@ def _to_bfloat16(rows: F32) -> NDArray[np.uint16]:
     return rounded
 
 
-def _fp16_scale(rows: F32) -> F32:
-    largest = np.max(np.abs(rows), axis=1, initial=0)
+def _fp16_scale(largest: F32) -> F32:
     exponent = np.frexp(largest)[1] - 15
     exponent[(largest == 0) | ~np.isfinite(largest)] = 0
     # 2^±100 keeps both the scale and its inverse normal float32 numbers

@@ -183,6 +183,8 @@ def _sides(side: Sequence[str] | Mapping[str, str | Side]) -> dict[str, Side]:
     for name, spec in sides.items():
         if name in RESERVED or not name:
             raise InvalidInput(f"A side column can't be called {name!r}; that name belongs to the row encoding.")
+        if spec.width is not None and spec.width < 1:
+            raise InvalidInput(f"Side column {name!r} has width {spec.width}; expected None or 1 and more.")
         if spec.dtype not in SIDE_DTYPES:
             raise InvalidInput(f"Side column {name!r} has dtype {spec.dtype!r}; known: {', '.join(SIDE_DTYPES)}.")
     return sides

@@ -129,6 +129,8 @@ class _Scorer:
 
     def sweep(self, block_rows: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
         """First row and scores of one block after the other."""
+        if block_rows is not None and block_rows < 1:
+            raise InvalidInput(f"block_rows is {block_rows}; a block has 1 row or more.")
         step = block_rows or self._step
         for shard in self._store.sweep():
             for start in range(shard.start, shard.stop, step):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradstore._data import count_rows, data_files
-from gradstore._encodings import decode, tensor_names
+from gradstore._encodings import is_finite, tensor_names
 from gradstore._errors import GradStoreError, StoreCorrupt
 from gradstore._manifest import plan_hash
 from gradstore._shard import map_file, shard_tensors
@@ -138,8 +138,8 @@ def _check_shard(store: GradientStore, shard: int) -> int:
             raise StoreCorrupt(f"{path}: {tensor!r} has shape {array.shape}; the shard has rows {start}..{stop - 1}.")
         for first in range(0, len(array), 256):
             part = array[first : first + 256]
-            values = decode(part, store.dtype) if tensor == "rows" else part
-            finite = np.isfinite(values).reshape(len(part), -1).all(axis=1)
+            finite = is_finite(part, store.dtype) if tensor == "rows" else np.isfinite(part)
+            finite = finite.reshape(len(part), -1).all(axis=1)
             if not finite.all():
                 raise StoreCorrupt(f"{path}: row {start + first + int(np.argmin(finite))}: {tensor!r} is not finite.")
     return stop - start

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gradstore import _journal, _manifest
 from gradstore._data import data_files, encode_rows
-from gradstore._encodings import Tensor, decode, encode
+from gradstore._encodings import Tensor, encode, is_finite
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
 from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, sync_folder, write_atomic, write_errors
 from gradstore._journal import Entry, Journal
@@ -50,7 +50,7 @@ class StoreWriter:
         self._journal = Journal(path, self.manifest.journal)
         self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
         self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread: Thread | None = None
 
     @classmethod
@@ -253,7 +253,7 @@ class StoreWriter:
             if self._error is None:  # after a failure the rest is drained, so that the caller never blocks
                 try:
                     self._write_shard(*job)
-                except Exception as error:
+                except BaseException as error:
                     self._error = error
 
     def _write_shard(self, shard: int, rows: NDArray[np.float32], side: dict[str, Tensor]) -> None:
@@ -268,9 +268,7 @@ class StoreWriter:
         if not bad.any():
             return
         row = int(np.argmax(bad))
-        with np.errstate(over="ignore", invalid="ignore"):
-            stored = decode(tensors["rows"].array[row : row + 1], self.manifest.dtype)[0]
-        finite = np.isfinite(stored)
+        finite = is_finite(tensors["rows"].array[row], self.manifest.dtype)
         if finite.all():
             raise InvalidInput(f"Row {start + row}: its norm overflows float32. Look for an exploding loss.")
         column = int(np.argmin(finite))

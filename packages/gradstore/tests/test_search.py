@@ -1,0 +1,158 @@
+"""Search against the ten-line reference: float64 products, a stable sort."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gradstore import GradientStore, InvalidInput, StoreWriter, scores, search
+
+
+def reference(store: GradientStore, queries, k, metric="dot", modules=None):
+    names = list(store.columns) if modules is None else modules
+    rows = store.block(0, store.rows, names).astype(np.float64)
+    picked = np.concatenate([queries[:, store.columns[name]] for name in names], axis=1).astype(np.float64)
+    values = np.stack([(rows * query).sum(1) for query in picked]) if len(picked) else np.empty((0, store.rows))
+    if metric == "cos":
+        lengths = np.sqrt((picked**2).sum(1))[:, None] * np.sqrt((rows**2).sum(1))
+        values = np.where(lengths > 0, values / np.where(lengths > 0, lengths, 1), 0)
+    values = values.astype(np.float32) + 0
+    top, bottom = (np.argsort(sign * values, axis=1, kind="stable")[:, :k] for sign in (-1, 1))
+    return top, np.take_along_axis(values, top, 1), bottom, np.take_along_axis(values, bottom, 1)
+
+
+def assert_same(result, expected):
+    top, top_scores, bottom, bottom_scores = expected
+    np.testing.assert_array_equal(result.top_rows, top)
+    np.testing.assert_array_equal(result.bottom_rows, bottom)
+    np.testing.assert_allclose(result.top_scores, top_scores, rtol=2e-7, atol=0)
+    np.testing.assert_allclose(result.bottom_scores, bottom_scores, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("metric", ["dot", "cos"])
+@pytest.mark.parametrize("modules", [None, ["b"], ["c", "a"]])
+@pytest.mark.parametrize("seed", range(4))
+def test_search_equals_the_reference(tmp_path, make, write, dtype, metric, modules, seed):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 300))
+    arrays = make(count, 20, seed)
+    arrays.rows *= 10.0 ** rng.integers(-12, 4, (count, 1))  # gradients differ by orders of magnitude
+    arrays.rows[rng.random(count) < 0.1] = 0
+    arrays.rows[rng.integers(0, count, count // 3)] = arrays.rows[rng.integers(0, count)]  # planted duplicates tie
+    path = write(
+        tmp_path / "s", arrays, columns={"a": 5, "b": 8, "c": 7}, dtype=dtype, rows_per_shard=int(rng.integers(1, 90))
+    )
+    store = GradientStore.open(path)
+    queries = rng.standard_normal((int(rng.integers(0, 7)), 20)).astype(np.float32)
+    queries[rng.random(len(queries)) < 0.2] = 0
+    for k in (0, 1, 5, count, count + 3):
+        expected = reference(store, queries, k, metric, modules)
+        for block_rows in (None, 7, 64):
+            got = search(store, queries, k, metric=metric, modules=modules, block_rows=block_rows)
+            assert_same(got, expected)
+    full = scores(store, queries, metric=metric, modules=modules)
+    top, values, _, _ = reference(store, queries, count, metric, modules)
+    unsorted = np.empty_like(values)
+    np.put_along_axis(unsorted, top, values, 1)
+    bound = np.abs(unsorted).max(initial=0) * 1e-6 if metric == "dot" else 3e-6
+    np.testing.assert_allclose(full, unsorted, rtol=0, atol=bound)
+
+
+def test_integer_scores_tie_in_row_order(tmp_path, make, write):
+    arrays = make(500, 3)
+    arrays.rows = np.random.default_rng(1).integers(-1, 2, (500, 3)).astype(np.float32)  # 7 distinct scores at most
+    store = GradientStore.open(write(tmp_path / "s", arrays, rows_per_shard=77))
+    queries = np.ones((2, 3), np.float32)
+    for block_rows in (None, 10, 13):
+        assert_same(search(store, queries, 40, block_rows=block_rows), reference(store, queries, 40))
+
+
+def test_equal_rows_tie_wherever_they_stand(tmp_path, make, write):
+    arrays = make(999, 257)
+    arrays.rows[[3, 500, 501, 997, 998]] = arrays.rows[3]
+    store = GradientStore.open(write(tmp_path / "s", arrays, rows_per_shard=400))
+    for block_rows in (None, 17, 500):
+        result = search(store, arrays.rows[3:4], 6, metric="cos", block_rows=block_rows)
+        assert result.top_rows[0, :5].tolist() == [3, 500, 501, 997, 998]
+        assert result.top_scores[0, :5].tolist() == [1.0] * 5
+
+
+def test_a_million_equal_zeros_are_ordered_by_row(tmp_path, make, write):
+    arrays = make(3000, 2)
+    arrays.rows[:] = 0
+    store = GradientStore.open(write(tmp_path / "s", arrays))
+    result = search(store, np.zeros((1, 2), np.float32), 4, metric="cos", block_rows=100)
+    assert result.top_rows.tolist() == result.bottom_rows.tolist() == [[0, 1, 2, 3]]
+    assert result.top_scores.tolist() == [[0.0] * 4]
+
+
+def test_extreme_magnitudes_keep_their_cosine(tmp_path, make, write):
+    arrays = make(60, 8)
+    arrays.rows *= np.logspace(-40, 36, 60, dtype=np.float64)[:, None].astype(np.float32)
+    arrays.sq_norm[:] = 0
+    for dtype in ("fp32", "bf16"):
+        store = GradientStore.open(write(tmp_path / dtype, arrays, dtype=dtype))
+        queries = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+        assert_same(search(store, queries, 9, metric="cos"), reference(store, queries, 9, "cos"))
+
+
+def test_fp16_survives_gradients_that_half_precision_can_not_hold(tmp_path, make, write):
+    arrays = make(50, 8)
+    arrays.rows *= np.logspace(-30, 30, 50, dtype=np.float64)[:, None].astype(np.float32)
+    arrays.sq_norm[:] = 0
+    store = GradientStore.open(write(tmp_path / "s", arrays, dtype="fp16"))
+    np.testing.assert_allclose(store.block(0, 50), arrays.rows, rtol=2**-11, atol=0)
+
+
+def test_results_are_frozen(store):
+    result = search(store, np.ones((1, 12), np.float32), 2)
+    with pytest.raises(ValueError, match="read-only"):
+        result.top_scores[0, 0] = 9
+
+
+def test_an_empty_store_has_no_hits(tmp_path, make, write):
+    store = GradientStore.open(write(tmp_path / "s", make(0, 4)))
+    result = search(store, np.ones((2, 4), np.float32), 5)
+    assert result.top_rows.shape == result.bottom_scores.shape == (2, 0)
+    assert scores(store, np.ones((2, 4), np.float32)).shape == (2, 0)
+
+
+def test_rows_without_floats_score_zero(tmp_path, make, write):
+    store = GradientStore.open(write(tmp_path / "s", make(5, 0), columns={}))
+    result = search(store, np.ones((1, 0), np.float32), 2, metric="cos")
+    assert result.top_rows.tolist() == [[0, 1]]
+    assert result.top_scores.tolist() == [[0.0, 0.0]]
+
+
+def test_a_partial_store_is_searched_as_far_as_it_goes(tmp_path, arrays, plan):
+    writer = StoreWriter.create(tmp_path / "s", rows=100, columns={"a": 12}, plan=plan, rows_per_shard=30)
+    writer.write(2, arrays.rows[60:90], arrays.side(60, 90))
+    writer.close()
+    store = GradientStore.open(tmp_path / "s", partial=True)
+    result = search(store, arrays.rows[70:71], 50)
+    assert sorted(result.top_rows[0]) == list(range(60, 90))
+    full = scores(store, arrays.rows[70:71])
+    assert np.isnan(full[0, :60]).all()
+    assert np.isfinite(full[0, 60:90]).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "options", "message"),
+    [
+        (np.ones((1, 5)), {}, r"shape \(1, 5\); expected \[q, 12\]"),
+        (np.ones(12), {}, r"expected \[q, 12\]"),
+        (np.array([[1.0] * 12, [np.nan] * 12]), {}, "Query 1 holds values that are not finite"),
+        (np.full((1, 12), 1e300), {}, "Query 0 holds values that are not finite"),
+        (np.full((1, 12), 3e38), {}, "overflow float32"),
+        (np.ones((1, 12)), {"metric": "l2"}, "Unknown metric 'l2'"),
+        (np.ones((1, 12)), {"modules": ["A"]}, "No module 'A'"),
+        (np.ones((1, 12)), {"modules": []}, "modules must be"),
+        (np.ones((1, 12)), {"modules": "a"}, "modules must be"),
+        (np.ones((1, 12)), {"k": -1}, "k is -1"),
+        (np.ones((1, 12)), {"block_rows": 0}, "block_rows is 0"),
+    ],
+)
+def test_bad_queries_are_refused(store, queries, options, message):
+    with pytest.raises(InvalidInput, match=message):
+        search(store, queries, **{"k": 3, **options})
