@@ -1,3 +1,57 @@
-"""attribute."""
+"""Which training examples made a language model behave as it does.
 
-__all__: list[str] = []
+Heavy parts load when they are first used, so that ``import attribute`` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attribute._errors import AttributionError, DataError, ModelError, RunError
+    from attribute.attributor import Attribution, Attributor, Hit
+    from attribute.config import DataConfig, IndexConfig, QueryConfig
+    from attribute.index import build_index, collect_gradients
+    from attribute.model import LanguageModel
+    from attribute.query import Asker
+
+_WHERE = {
+    "Asker": "query",
+    "Attribution": "attributor",
+    "AttributionError": "_errors",
+    "Attributor": "attributor",
+    "DataConfig": "config",
+    "DataError": "_errors",
+    "Hit": "attributor",
+    "IndexConfig": "config",
+    "LanguageModel": "model",
+    "ModelError": "_errors",
+    "QueryConfig": "config",
+    "RunError": "_errors",
+    "build_index": "index",
+    "collect_gradients": "index",
+}
+
+__all__ = [
+    "Asker",
+    "Attribution",
+    "AttributionError",
+    "Attributor",
+    "DataConfig",
+    "DataError",
+    "Hit",
+    "IndexConfig",
+    "LanguageModel",
+    "ModelError",
+    "QueryConfig",
+    "RunError",
+    "build_index",
+    "collect_gradients",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'attribute' has no attribute {name!r}")
+    return getattr(import_module(f"attribute.{_WHERE[name]}"), name)

@@ -1,5 +1,78 @@
-"""Entry point."""
+"""The program ``trace``: parse, call one library function, print. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from trace_cli._lazy import LazyGroup
+from trace_cli._replay import replay
+
+# Command → (module, one line of help). Modules are imported only when their command runs, so help is instant.
+_COMMANDS = {
+    "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
+    "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
+    "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),
+    "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
+}
+# Errors meant for people, by the package that raises them. Looked up in what is loaded already: importing the
+# packages here would cost seconds.
+_EXPECTED = (("attribute", "AttributionError"), ("gradcore", "GradCoreError"), ("gradstore", "GradStoreError"))
+
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
 
 
-def main() -> None:
-    """Run trace."""
+@click.group(cls=LazyGroup, commands_at=_COMMANDS, context_settings=SETTINGS, invoke_without_command=True)
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="Run again what a config.yaml says.")
+@click.version_option(package_name="trace-cli", prog_name="trace")
+@click.pass_context
+def cli(context: click.Context, config: str | None) -> None:
+    """Find what in the training data made a language model behave as it does.
+
+    New here? `trace demo` shows the whole of it in about a minute.
+    """
+    if config is not None:
+        if context.invoked_subcommand is not None:
+            raise click.UsageError("--config names the command itself: leave the command away")
+        replay(context, config)
+    elif context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit: 0 done, 1 an error with its explanation, 2 wrong usage, 130 interrupted."""
+    # A spinning OpenMP barrier costs a factor of ten on a machine that does anything else at the same time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        cli.main(args=arguments, prog_name="trace", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("TRACE_DEBUG"):
+            raise
+        click.echo(f"error: {_explanation(error)}", err=True)
+        sys.exit(1)
+
+
+def _explanation(error: Exception) -> str:
+    for package, name in _EXPECTED:
+        if package in sys.modules and isinstance(error, getattr(sys.modules[package], name)):
+            return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return f"{type(error).__name__}: {error} (this was not foreseen; TRACE_DEBUG=1 shows where it comes from)"

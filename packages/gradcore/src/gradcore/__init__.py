@@ -5,11 +5,12 @@ from gradcore._collector import GradientCollector
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
 from gradcore._fingerprint import model_fingerprint
-from gradcore._loss import per_example_loss
+from gradcore._loss import IGNORE, per_example_loss
 from gradcore._plan import CapturePlan, ModulePlan
 from gradcore.sketches import Identity, Sketch, TwoSided
 
 __all__ = [
+    "IGNORE",
     "CaptureError",
     "CapturePlan",
     "Coverage",

@@ -1,0 +1,145 @@
+"""Configurations: what a person chooses, as plain dataclasses that are saved with every result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from gradcore import Identity, Sketch, TwoSided
+
+from attribute._errors import AttributionError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+STORE_DTYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which texts, and which of their tokens carry loss.
+
+    Attributes:
+        dataset: a hub id, a folder (``save_to_disk`` or of files), or a json, jsonl, csv, parquet or txt file.
+        split: split name, with ``[:100]`` or ``[10%:20%]`` to take a part.
+        subset: configuration name of a hub dataset.
+        prompt_column: the text, or the prompt where there is a completion.
+        completion_column: if given, only completion tokens carry loss.
+        conversation_column: a list of ``{"role", "content"}`` turns; only assistant turns carry loss.
+        truncation: cut documents at the model's context instead of refusing them.
+        chunk_length: cut documents into chunks of at most this many tokens, each a row; 0 keeps documents whole.
+        max_tokens: stop after the row that reaches this many tokens; 0 takes all.
+        data_args: ``"name=value,name=value"`` for the dataset loader.
+    """
+
+    dataset: str = ""
+    split: str = "train"
+    subset: str = ""
+    prompt_column: str = "text"
+    completion_column: str = ""
+    conversation_column: str = ""
+    truncation: bool = False
+    chunk_length: int = 0
+    max_tokens: int = 0
+    data_args: str = ""
+
+    def __post_init__(self) -> None:
+        if self.truncation and self.chunk_length:
+            raise AttributionError("--truncation throws away what --chunk-length would keep: choose one of them")
+        if self.chunk_length == 1 or self.chunk_length < 0:
+            raise AttributionError(f"--chunk-length must be 0 or at least 2 tokens, not {self.chunk_length}")
+        if self.conversation_column and self.completion_column:
+            raise AttributionError("--conversation-column and --completion-column exclude each other")
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How gradients are collected and stored.
+
+    Attributes:
+        model: a local folder or hub id.
+        revision: branch, tag or commit of a hub model.
+        tokenizer: another tokenizer than the model's.
+        precision: dtype the model runs in.
+        device: ``"auto"`` takes a GPU where there is one.
+        modules: glob or ``re:`` patterns of the modules to capture, relative to the base model; all by default.
+        exclude: patterns of modules to leave out.
+        projection_dim: side of the two-sided sketch; 0 keeps whole gradients.
+        projection_type: entries of the sketch, ``rademacher`` or ``normal``.
+        projection_seed: another seed is another sketch.
+        loss_reduction: ``sum`` or ``mean`` over the labelled tokens of a row.
+        token_batch_size: padded tokens a batch; longer rows run alone.
+        store_dtype: encoding of the stored rows.
+        rows_per_shard: rows a file; 0 chooses by size.
+    """
+
+    model: str = ""
+    revision: str = ""
+    tokenizer: str = ""
+    precision: str = "fp32"
+    device: str = "auto"
+    modules: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    projection_dim: int = 16
+    projection_type: str = "rademacher"
+    projection_seed: int = 0
+    loss_reduction: str = "sum"
+    token_batch_size: int = 4096
+    store_dtype: str = "fp32"
+    rows_per_shard: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _require("precision", self.precision, PRECISIONS)
+        _require("store-dtype", self.store_dtype, STORE_DTYPES)
+        if self.projection_dim < 0:
+            raise AttributionError(f"--projection-dim must be 0 (no sketch) or positive, not {self.projection_dim}")
+        if self.token_batch_size < 1:
+            raise AttributionError(f"--token-batch-size must be positive, not {self.token_batch_size}")
+
+    @property
+    def sketch(self) -> Sketch:
+        """The sketch these options describe."""
+        if not self.projection_dim:
+            return Identity()
+        return TwoSided(self.projection_dim, self.projection_type, self.projection_seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form that :meth:`from_dict` reads back."""
+        saved = asdict(self)
+        return {**saved, "modules": list(self.modules), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> IndexConfig:
+        """The configuration saved by :meth:`to_dict`."""
+        known = {each.name for each in fields(cls)}
+        if unknown := set(saved) - known:
+            raise AttributionError(f"unknown settings in the saved configuration: {', '.join(sorted(unknown))}")
+        values = dict(saved)
+        values["data"] = DataConfig(**values.get("data", {}))
+        values["modules"] = tuple(values.get("modules", ()))
+        values["exclude"] = tuple(values.get("exclude", ()))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """How an index is asked.
+
+    Attributes:
+        top_k: proponents and opponents a query.
+        unit_norm: compare directions (cosine) instead of dot products.
+        modules: patterns of the modules that count; all by default.
+    """
+
+    top_k: int = 5
+    unit_norm: bool = True
+    modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise AttributionError(f"--top-k must be at least 1, not {self.top_k}")
+
+
+def _require(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise AttributionError(f"--{option} must be one of {', '.join(allowed)}, not {value!r}")

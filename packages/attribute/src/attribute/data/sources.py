@@ -1,0 +1,194 @@
+"""Reading datasets: local files through pyarrow, ``save_to_disk`` folders and hub ids through datasets.
+
+``datasets`` is imported only where it is needed: it takes two seconds, and copies plain files into a cache first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attribute._errors import DataError
+from attribute.config import DataConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset opened for reading: its columns, its length, and its records in order, as often as asked."""
+
+    name: str
+    columns: tuple[str, ...]
+    length: int
+    batches: Callable[[], Iterator[list[dict[str, Any]]]]
+
+    def require(self, *columns: str) -> None:
+        """Raise :class:`DataError` unless the columns exist, with close matches."""
+        for column in columns:
+            if column not in self.columns:
+                close = get_close_matches(column, self.columns, n=3, cutoff=0.4)
+                hint = f"; did you mean {', '.join(close)}?" if close else ""
+                raise DataError(
+                    f"{self.name} has no column {column!r}; it has {', '.join(self.columns)}{hint} "
+                    "(--prompt-column, --completion-column and --conversation-column choose)"
+                )
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open what ``config.dataset`` names.
+
+    Raises:
+        DataError: nothing there, nothing readable, an unknown split, or no rows.
+    """
+    arguments = parse_arguments(config.data_args)
+    path = Path(config.dataset).expanduser()
+    if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
+        source = _from_disk(path, config)
+    elif path.is_dir():
+        source = _from_files(_files_in(path), config, arguments)
+    elif path.is_file():
+        source = _from_files([path], config, arguments)
+    elif _looks_like_path(config.dataset):
+        raise DataError(f"there is no file or folder {config.dataset!r}")
+    else:
+        source = _from_hub(config, arguments)
+    if not source.length:
+        raise DataError(f"{config.dataset} has no rows (split {config.split!r})")
+    return source
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """``"a=1,b=x"`` to ``{"a": 1, "b": "x"}``; values are read as JSON where they are."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise DataError(f"--data-args wants name=value,name=value; {part!r} is not that")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_SUFFIXES)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    for suffix in _SUFFIXES:
+        if found := sorted(folder.glob(f"*{suffix}")):
+            return found
+    raise DataError(f"the folder {folder} holds none of {', '.join('*' + each for each in _SUFFIXES)}")
+
+
+def _from_files(files: list[Path], config: DataConfig, arguments: dict[str, Any]) -> Source:
+    import pyarrow as pa
+
+    try:
+        table = pa.concat_tables([_read(file, arguments) for file in files], promote_options="default")
+    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{config.dataset} cannot be read: {error}") from error
+    start, stop = _slice(config.split, table.num_rows)
+    table = table.slice(start, stop - start)
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for batch in table.to_batches(max_chunksize=_BATCH):
+            yield batch.to_pylist()
+
+    return Source(config.dataset, tuple(table.column_names), table.num_rows, batches)
+
+
+def _read(file: Path, arguments: dict[str, Any]) -> pa.Table:
+    import pyarrow as pa
+
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        return parquet.read_table(file, memory_map=True)
+    if file.suffix == ".csv":
+        import pyarrow.csv as csv
+
+        return csv.read_csv(file)
+    if file.suffix == ".txt":
+        return pa.table({"text": _texts(file.read_text(encoding="utf-8"), arguments.get("sample_by", "line"))})
+    if file.stat().st_size == 0:
+        return pa.table({})
+    with file.open(encoding="utf-8") as stream:
+        if file.suffix == ".json" and stream.read(4096).lstrip().startswith("["):
+            stream.seek(0)
+            return pa.Table.from_pylist(json.load(stream))
+    import pyarrow.json as arrow_json
+
+    return arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=1 << 26))
+
+
+def _texts(text: str, sample_by: str) -> list[str]:
+    if sample_by == "document":
+        return [text]
+    if sample_by not in ("line", "paragraph"):
+        raise DataError(f"sample_by must be line, paragraph or document, not {sample_by!r}")
+    parts = text.split("\n" if sample_by == "line" else "\n\n")
+    return [part for part in parts if part.strip()]
+
+
+def _slice(split: str, rows: int) -> tuple[int, int]:
+    """Row range of ``name``, ``name[:100]`` or ``name[10%:20%]``."""
+    match = re.fullmatch(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if match is None:
+        raise DataError(f"the split {split!r} is not of the form train, train[:100] or train[10%:20%]")
+
+    def place(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        number = round(rows * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        return min(max(number + rows if number < 0 else number, 0), rows)
+
+    start = place(match[1], 0)
+    return start, max(start, place(match[2], rows))
+
+
+def _from_disk(path: Path, config: DataConfig) -> Source:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    name = config.split.partition("[")[0]
+    if isinstance(loaded, datasets.DatasetDict):
+        if name not in loaded:
+            raise DataError(f"{path} has no split {name!r}; it has {', '.join(map(str, loaded))} (--split)")
+        loaded = loaded[name]
+    start, stop = _slice(config.split, len(loaded))
+    return of_dataset(config.dataset, loaded.select(range(start, stop)))
+
+
+def _from_hub(config: DataConfig, arguments: dict[str, Any]) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(config.dataset, config.subset or None, split=config.split, **arguments)
+    except Exception as error:  # datasets raises a dozen unrelated types here
+        raise DataError(
+            f"the dataset {config.dataset!r} is neither a local file or folder nor one that the hub gave: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    return of_dataset(config.dataset, loaded)
+
+
+def of_dataset(name: str, dataset: Any) -> Source:
+    """A source over a ``datasets.Dataset``."""
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+            yield table.to_pylist()
+
+    return Source(name, tuple(dataset.column_names), len(dataset), batches)

@@ -1,0 +1,117 @@
+"""Token ids of a whole dataset in one memory-mapped folder: written once, then sliced for nothing.
+
+``ids.bin`` (uint16 or uint32), ``labelled.bin`` (uint8) and ``offsets.bin`` (int64, rows + 1), little-endian, and
+``tokens.json``, written last, so that a folder without it is an unfinished one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from attribute._errors import DataError
+from attribute.data.tokenise import Row
+
+_META = "tokens.json"
+_FLUSH_TOKENS = 1 << 20
+
+
+class TokenFile:
+    """Rows of token ids and label masks, read from the memory map."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{folder} holds no finished token file") from None
+        self._digest = meta["digest"]
+        self.offsets = np.fromfile(folder / "offsets.bin", dtype="<i8")
+        total = int(self.offsets[-1])
+        self._ids = _map(folder / "ids.bin", meta["dtype"], total)
+        self._labelled = _map(folder / "labelled.bin", "u1", total)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row ``[rows]``."""
+        return np.diff(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """Hash of every id, label and offset: the very data a run was made from."""
+        return self._digest
+
+    @property
+    def total(self) -> int:
+        """Tokens of all rows."""
+        return int(self.offsets[-1])
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of one row ``[s]``."""
+        return self._ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def labelled(self, row: int) -> np.ndarray:
+        """Which tokens of one row carry loss ``[s]``, 0 or 1."""
+        return self._labelled[self.offsets[row] : self.offsets[row + 1]]
+
+
+class TokenFileWriter:
+    """Streams rows into a new token folder; memory does not grow with the dataset."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        self.folder = folder
+        self._vocabulary = vocabulary
+        self._dtype = "<u2" if vocabulary <= 1 << 16 else "<u4"
+
+    def write(self, rows: Iterable[Row]) -> TokenFile:
+        """Write all rows.
+
+        Raises:
+            DataError: a token id outside the vocabulary.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lengths: list[int] = []
+        with (self.folder / "ids.bin").open("wb") as ids, (self.folder / "labelled.bin").open("wb") as labelled:
+            pending: list[Row] = []
+            size = 0
+            for row in rows:
+                self._check(len(lengths), row.ids)
+                lengths.append(len(row.ids))
+                pending.append(row)
+                size += len(row.ids)
+                if size > _FLUSH_TOKENS:
+                    self._flush(pending, ids, labelled)
+                    pending, size = [], 0
+            self._flush(pending, ids, labelled)
+        np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype("<i8").tofile(self.folder / "offsets.bin")
+        digest = hashlib.sha256()
+        for name in ("ids.bin", "labelled.bin", "offsets.bin"):
+            with (self.folder / name).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        meta = {"dtype": self._dtype, "rows": len(lengths), "digest": digest.hexdigest()}
+        (self.folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+        return TokenFile(self.folder)
+
+    def _check(self, number: int, ids: np.ndarray) -> None:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocabulary:
+            outside = ids[(ids < 0) | (ids >= self._vocabulary)][0]
+            raise DataError(
+                f"row {number} has token id {outside}, the model knows {self._vocabulary}: "
+                "is this the model's own tokenizer? (--tokenizer)"
+            )
+
+    def _flush(self, rows: list[Row], ids, labelled) -> None:
+        if rows:
+            np.concatenate([row.ids for row in rows]).astype(self._dtype).tofile(ids)
+            np.concatenate([row.labelled for row in rows]).astype("u1").tofile(labelled)
+
+
+def _map(path: Path, dtype: str, size: int) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype=dtype)

@@ -1,0 +1,147 @@
+"""One pass, many sinks: batches run through the model under a collector, and every sink sees each block of rows.
+
+What can be done once a run is: hooks, sketch matrices and the row buffer outlive the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from gradcore import CapturePlan, GradientCollector
+from torch import Tensor
+
+from attribute._errors import ModelError
+from attribute.batching import assemble, plan_batches
+from attribute.data import TokenFile
+from attribute.model import LanguageModel
+from attribute.progress import Progress, Quiet
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """What one batch yields.
+
+    Attributes:
+        rows: row numbers ``[n]``.
+        gradients: ``[n, plan.width]``, valid until the next batch; zero for rows without loss.
+        losses: ``[n]`` in nats.
+        tokens: labelled tokens ``[n]``.
+    """
+
+    rows: np.ndarray
+    gradients: Tensor
+    losses: Tensor
+    tokens: np.ndarray
+
+
+class Sink(Protocol):
+    """Consumes the blocks of a pass; a window is a range of rows that arrives before the next one begins."""
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """Rows ``[start, stop)`` come next, in any order; rows without loss do not come at all."""
+
+    def add(self, block: RowBlock) -> None:
+        """One block of the open window."""
+
+    def close(self) -> None:
+        """The window is complete."""
+
+
+def run_pass(
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    windows: Iterable[tuple[int, int, int]],
+    sinks: Sequence[Sink],
+    *,
+    budget: int,
+    progress: Progress | None = None,
+) -> None:
+    """Run the rows of every window ``(index, start, stop)`` and hand the blocks to the sinks.
+
+    Args:
+        model: the model; it runs in eval mode and is left as it was found.
+        tokens: the rows.
+        plan: what to capture.
+        windows: which rows, in which portions; batches never cross a window.
+        sinks: who gets the blocks.
+        budget: padded tokens a batch.
+        progress: advanced by tokens.
+
+    Raises:
+        ModelError: a loss is not finite; the row is named.
+    """
+    progress = progress or Quiet()
+    lengths = tokens.lengths
+    with _evaluating(model), GradientCollector(model.base, plan) as collector:
+        for index, start, stop in windows:
+            for sink in sinks:
+                sink.open(index, start, stop)
+            empty = np.array([not tokens.labelled(row).any() for row in range(start, stop)], dtype=bool)
+            rows = np.arange(start, stop)
+            progress.advance(int(lengths[rows[empty]].sum()))  # zero without a forward pass
+            for batch_rows in plan_batches(lengths, rows[~empty], budget):
+                block = _run_batch(model, collector, tokens, batch_rows, plan.reduction)
+                for sink in sinks:
+                    sink.add(block)
+                progress.advance(int(lengths[batch_rows].sum()))
+            for sink in sinks:
+                sink.close()
+
+
+def _run_batch(
+    model: LanguageModel, collector: GradientCollector, tokens: TokenFile, rows: np.ndarray, reduction: str
+) -> RowBlock:
+    batch = assemble(tokens, rows, model.device)
+    losses = model.losses(batch.input_ids, batch.labels, reduction)
+    finite = losses.detach().isfinite()
+    if not finite.all():
+        row = int(rows[int((~finite).nonzero()[0])])
+        raise ModelError(f"row {row} has loss {float(losses[~finite][0])}: the model overflows on it (--precision fp32?)")
+    losses.sum().backward()
+    labelled = (batch.labels != -100).sum(1).cpu().numpy()
+    return RowBlock(rows, collector.take(), losses.detach(), labelled)
+
+
+@contextmanager
+def _evaluating(model: LanguageModel):
+    """Dropout off for the pass, and every mode put back afterwards."""
+    training = [module for module in model.model.modules() if module.training]
+    model.model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class MemorySink:
+    """Keeps all rows in memory: queries, small sets, tests."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.gradients = np.zeros((rows, width), dtype=np.float32)
+        self.losses = np.zeros(rows, dtype=np.float32)
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """Nothing to prepare."""
+
+    def add(self, block: RowBlock) -> None:
+        """Copy the block into place."""
+        self.gradients[block.rows] = block.gradients.float().cpu().numpy()
+        self.losses[block.rows] = block.losses.float().cpu().numpy()
+
+    def close(self) -> None:
+        """Nothing to finish."""
+
+
+def gradients_of(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, budget: int = 4096) -> np.ndarray:
+    """Gradients of all rows at once, ``[rows, plan.width]`` float32."""
+    sink = MemorySink(len(tokens), plan.width)
+    with torch.enable_grad():
+        run_pass(model, tokens, plan, [(0, 0, len(tokens))], [sink], budget=budget)
+    return sink.gradients

@@ -1,0 +1,248 @@
+"""Building a gradient store from a model and a dataset, resumably."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gradcore import CapturePlan, coverage
+from gradstore import GradientStore, StoreWriter
+from torch import nn
+
+from attribute._errors import DataError, RunError
+from attribute.config import IndexConfig
+from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
+from attribute.engine import RowBlock, run_pass
+from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.progress import Progress, Quiet
+
+_MANIFEST = "manifest.json"
+
+
+def build_index(
+    path: str | Path, config: IndexConfig, *, overwrite: bool = False, progress: Progress | None = None
+) -> GradientStore:
+    """Collect the gradient of every row of a dataset into a store: what ``trace build`` does.
+
+    An interrupted run of the same configuration is continued; finished shards are kept.
+
+    Args:
+        path: the run folder.
+        config: model, data, sketch and batching.
+        overwrite: replace a run that exists.
+        progress: told of each stage.
+
+    Raises:
+        RunError: the folder exists and is not a run that this configuration began.
+        DataError, ModelError: see :func:`open_source` and :func:`load_model`.
+    """
+    refuse_finished(path, overwrite)
+    source = open_source(config.data)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
+    model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+    return collect_gradients(
+        model, source, path, tokenizer=tokenizer, config=config, overwrite=overwrite, progress=progress
+    )
+
+
+def collect_gradients(
+    model: nn.Module | LanguageModel,
+    data: Source | Any,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    config: IndexConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> GradientStore:
+    """Collect per-example gradients of a model you have over data you have.
+
+    Example::
+
+        store = collect_gradients(model, dataset, "runs/example", tokenizer=tokenizer)
+        store.block(0, 10)            # [10, width] float32
+        store.data(3)["text"]
+
+    Args:
+        model: a transformers causal language model.
+        data: a ``datasets.Dataset``, a list of dictionaries, or an opened :class:`Source`. A column ``input_ids``
+            (and ``labels``) is taken as it is; otherwise the columns of ``config.data`` are tokenised.
+        path: the run folder.
+        tokenizer: needed unless the data holds ``input_ids``.
+        config: everything else; its model name and dataset name are kept as provenance.
+        overwrite: replace a run that exists.
+        progress: told of each stage.
+
+    Returns:
+        The finished store, in dataset order.
+    """
+    progress, config, path = progress or Quiet(), config or IndexConfig(), Path(path)
+    refuse_finished(path, overwrite)
+    language_model = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
+    source = data if isinstance(data, Source) else source_of(data)
+    plan = language_model.plan(config)
+    _announce(language_model, plan, progress)
+
+    scratch = path.with_name(path.name + ".tokens")
+    try:
+        tokens, records = _tokenise(scratch, source, tokenizer, config, language_model, progress)
+        if overwrite:
+            _remove_run(path)
+        with _writer(path, tokens, plan, config) as writer:
+            writer.write_data(records())
+            _collect(writer, language_model, tokens, plan, config, progress)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return GradientStore.open(path)
+
+
+def source_of(data: Any, name: str = "data") -> Source:
+    """A :class:`Source` over a ``datasets.Dataset`` or a sequence of records."""
+    if hasattr(data, "with_format"):
+        from attribute.data.sources import of_dataset
+
+        return of_dataset(name, data)
+    records = list(data)
+    if not records:
+        raise DataError(f"{name} has no rows")
+    if not all(isinstance(record, Mapping) for record in records):
+        raise DataError(f"{name} is neither a datasets.Dataset nor a list of dictionaries")
+    return Source(name, tuple(records[0]), len(records), lambda: iter([records]))
+
+
+def refuse_finished(path: str | Path, overwrite: bool) -> None:
+    """Raise :class:`RunError` early where a run could not be written, before anything is loaded."""
+    path = Path(path)
+    if path.is_file():
+        raise RunError(f"{path} is a file, not a run folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / _MANIFEST).exists():
+        raise RunError(f"{path} is not empty and holds no run: choose another folder")
+    if not overwrite and GradientStore.open(path, partial=True).complete:
+        raise RunError(f"{path} holds a finished run already: --overwrite replaces it")
+
+
+def _remove_run(path: Path) -> None:
+    """Delete a run; refuse_finished has made sure that it is one."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _tokenise(
+    scratch: Path, source: Source, tokenizer: Any, config: IndexConfig, model: LanguageModel, progress: Progress
+) -> tuple[TokenFile, Any]:
+    if tokenizer is None and "input_ids" not in source.columns:
+        raise DataError("data without a column input_ids needs a tokenizer")
+
+    def rows() -> Iterator[Row]:
+        return rows_of(source, tokenizer, config.data, model.context)
+
+    def counted(found: Iterable[Row]) -> Iterator[Row]:
+        for row in found:
+            yield row
+            progress.advance(1)
+
+    progress.start("tokenise", source.length if not config.data.chunk_length else None, "rows")
+    tokens = TokenFileWriter(scratch, model.vocabulary).write(counted(rows()))
+    progress.stop()
+    if not len(tokens):
+        raise DataError(f"{source.name} has no rows")
+    lengths = tokens.lengths
+    if (short := int((lengths < 2).sum())) == len(tokens):
+        raise DataError(f"all {short} rows of {source.name} have fewer than 2 tokens: none has a loss")
+    if short:
+        progress.note(f"{short} of {len(tokens)} rows have fewer than 2 tokens: kept, with zero gradient")
+    return tokens, lambda: (row.record for row in rows())
+
+
+def _announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> None:
+    report = coverage(model.base, plan)
+    head = model.model.get_output_embeddings()  # type: ignore[operator]
+    shared = {id(parameter) for parameter in model.base.parameters()}
+    outside = sum(parameter.numel() for parameter in head.parameters() if id(parameter) not in shared)
+    total = report.total + outside
+    progress.note(
+        f"{len(plan.modules)} modules, {plan.width:,} floats a row; they hold {report.captured / total:.0%} "
+        f"of the model's {total:,} parameters"
+    )
+    if left_out := _left_out(report.left_out, outside):
+        progress.note(f"not captured: {left_out}")
+    if not model.fused:
+        progress.note("the output head rescales its logits, so the model's own (slower) logits are used")
+
+
+def _left_out(left_out: Iterable[Any], head: int) -> str:
+    by_reason: dict[str, int] = {}
+    for each in left_out:
+        by_reason[each.kind] = by_reason.get(each.kind, 0) + each.floats
+    if head:
+        by_reason["output embedding"] = head
+    return ", ".join(f"{kind} {floats:,}" for kind, floats in by_reason.items())
+
+
+def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig) -> StoreWriter:
+    identity = {"capture": plan.to_dict(), "tokens": tokens.digest, "token_batch_size": config.token_batch_size}
+    if (path / _MANIFEST).exists():
+        return StoreWriter.resume(path, plan=identity)
+    return StoreWriter.create(
+        path,
+        rows=len(tokens),
+        columns=plan.columns,
+        plan=identity,
+        meta={"config": config.to_dict(), "sign": "positive scores are proponents"},
+        dtype=config.store_dtype,
+        rows_per_shard=config.rows_per_shard or None,
+        side_columns=("loss", "tokens"),
+    )
+
+
+def _collect(
+    writer: StoreWriter,
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    config: IndexConfig,
+    progress: Progress,
+) -> None:
+    pending = writer.pending
+    left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in pending)
+    if left < tokens.total:
+        progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
+    progress.start("gradients", left, "tokens")
+    run_pass(
+        model, tokens, plan, pending, [StoreSink(writer, plan.width)], budget=config.token_batch_size, progress=progress
+    )
+    progress.stop()
+
+
+class StoreSink:
+    """Gathers a window's rows and hands them to the writer as one shard."""
+
+    def __init__(self, writer: StoreWriter, width: int) -> None:
+        self._writer = writer
+        self._width = width
+        self._window = (0, 0, 0)
+        self._rows = np.empty((0, width), dtype=np.float32)
+        self._losses = self._tokens = np.empty(0)
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """A new shard, zero until blocks arrive."""
+        self._window = (index, start, stop)
+        self._rows = np.zeros((stop - start, self._width), dtype=np.float32)
+        self._losses = np.zeros(stop - start, dtype=np.float32)
+        self._tokens = np.zeros(stop - start, dtype=np.int32)
+
+    def add(self, block: RowBlock) -> None:
+        """Put the block's rows where they belong."""
+        places = block.rows - self._window[1]
+        self._rows[places] = block.gradients.float().cpu().numpy()
+        self._losses[places] = block.losses.float().cpu().numpy()
+        self._tokens[places] = block.tokens
+
+    def close(self) -> None:
+        """Write the shard."""
+        self._writer.write(self._window[0], self._rows, {"loss": self._losses, "tokens": self._tokens})

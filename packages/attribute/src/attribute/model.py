@@ -1,0 +1,173 @@
+"""A causal language model taken apart at the output embedding: hidden states on one side, losses on the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gradcore import CapturePlan, model_fingerprint, per_example_loss
+from torch import Tensor, nn
+
+from attribute._errors import ModelError
+
+if TYPE_CHECKING:
+    from attribute.config import IndexConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
+_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model and how its loss is measured.
+
+    Attributes:
+        name: what it was loaded from.
+        model: the whole model, in eval mode.
+        base: everything before the output embedding; module names are relative to it.
+        fused: whether the chunked loss head stands in for the model's own. It does if both agree on a probe batch;
+            heads with soft-capped or rescaled logits go through the model's own logits instead.
+    """
+
+    name: str
+    model: nn.Module
+    base: nn.Module
+    fused: bool
+
+    @classmethod
+    def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
+        """Find base and head of a transformers causal language model.
+
+        Raises:
+            ModelError: no output embedding, or weights that are not finite.
+        """
+        base = getattr(model, "base_model", None)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if not isinstance(base, nn.Module) or base is model or not isinstance(head, nn.Linear):
+            raise ModelError(f"{name or type(model).__name__} is no causal language model with an output embedding")
+        _require_finite(model, name)
+        return cls(name, model, base, _head_agrees(model, base, head))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding: token ids must stay below."""
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens a row may have, as the model's configuration states it."""
+        config = self.model.config
+        return next(
+            (getattr(config, name) for name in ("max_position_embeddings", "n_positions") if hasattr(config, name)), None
+        )
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights of the base model, whose modules are captured."""
+        return model_fingerprint(self.base)
+
+    def losses(self, input_ids: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+        """Loss of each row ``[n]`` in nats, in float32; ``[n, s]`` ids and labels."""
+        if self.fused:
+            head = self.model.get_output_embeddings()  # type: ignore[operator]
+            hidden = self.base(input_ids=input_ids, use_cache=False)[0]
+            return per_example_loss(hidden, head.weight, labels, bias=head.bias, reduction=reduction)
+        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        return _logit_losses(logits, labels, reduction)
+
+    def plan(self, config: IndexConfig) -> CapturePlan:
+        """What the configuration captures of this model."""
+        return CapturePlan.for_model(
+            self.base,
+            config.modules or None,
+            exclude=config.exclude,
+            sketch=config.sketch,
+            reduction=config.loss_reduction,
+            fingerprint=self.fingerprint(),
+        )
+
+
+def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revision: str = "") -> LanguageModel:
+    """Load a causal language model from a folder or the hub.
+
+    Raises:
+        ModelError: nothing there, no causal language model, or weights that are not finite.
+    """
+    _require_model_name(name)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=_DTYPES[precision], revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return LanguageModel.wrap(model.to(pick_device(device)), name)
+
+
+def load_tokenizer(name: str, revision: str = "") -> Any:
+    """Load the tokenizer of a folder or hub id; :class:`ModelError` if there is none."""
+    _require_model_name(name)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer in {name!r}: {_first_line(error)} (--tokenizer names another)") from error
+
+
+def pick_device(device: str) -> torch.device:
+    """``"auto"`` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"no device {device!r}: {_first_line(error)}") from error
+
+
+def _require_model_name(name: str) -> None:
+    if not name:
+        raise ModelError("no model is named: --model takes a folder or a hub id")
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no model folder {name!r}")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(f"the folder {name!r} holds no config.json, so no model")
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        # The sum is one cheap pass; only where it is odd is every entry looked at.
+        if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.detach().isfinite().all():
+            raise ModelError(f"{name or 'the model'}: the weight {parameter_name} holds NaN or infinity")
+
+
+def _head_agrees(model: nn.Module, base: nn.Module, head: nn.Linear) -> bool:
+    vocabulary = head.weight.shape[0]
+    ids = (torch.arange(8, device=head.weight.device) * 7919 % vocabulary)[None]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        own = _logit_losses(model(input_ids=ids, use_cache=False).logits, ids, "sum")
+        fused = per_example_loss(base(input_ids=ids, use_cache=False)[0], head.weight, ids, bias=head.bias)
+    for module, training in modes.items():
+        module.training = training
+    return torch.allclose(own, fused, rtol=_HEAD_TOLERANCE.get(head.weight.dtype, 1e-4))
+
+
+def _logit_losses(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    targets = labels[:, 1:]
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none", ignore_index=-100)
+    total = losses.sum(1)
+    return total if reduction == "sum" else total / (targets != -100).sum(1).clamp(min=1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,121 @@
+"""Texts in, training rows out: what ``trace query`` does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradstore import GradientStore
+
+from attribute._errors import DataError
+from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
+from attribute.config import DataConfig, IndexConfig, QueryConfig
+from attribute.data import TokenFileWriter, open_source, rows_of
+from attribute.data.sources import Source
+from attribute.engine import gradients_of
+from attribute.index import source_of
+from attribute.model import LanguageModel, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Asker:
+    """An index with the model that made it, ready for texts.
+
+    Example::
+
+        asker = Asker.open("runs/quickstart")
+        found = asker.ask([{"text": "Once upon a time"}], QueryConfig(top_k=3))
+        found.proponents(0)[0].text
+    """
+
+    store: GradientStore
+    model: LanguageModel
+    tokenizer: Any
+    config: IndexConfig
+
+    @classmethod
+    def open(cls, index: str | Path, *, model: str = "", device: str = "auto") -> Asker:
+        """Open a run folder and load its model (or another path to the same weights).
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            RunError: its weights are not those the index was made from.
+        """
+        store = GradientStore.open(index)
+        config = IndexConfig.from_dict(store.meta["config"])
+        name = model or config.model
+        loaded = load_model(name, precision=config.precision, device=device, revision=config.revision)
+        require_same_weights(plan_of(store), loaded.base, str(index))
+        return cls(store, loaded, load_tokenizer(config.tokenizer or name, config.revision), config)
+
+    def ask(
+        self, records: Iterable[Mapping[str, Any]], query: QueryConfig, data: DataConfig | None = None
+    ) -> Attribution:
+        """The rows that made the model say these texts: each record is a query.
+
+        Args:
+            records: dictionaries with the columns that ``data`` names.
+            query: how many rows, which metric, which modules.
+            data: which columns; those of the index by default.
+
+        Raises:
+            DataError: a query has no token with a loss.
+        """
+        return self.ask_source(source_of(records, "the queries"), query, data)
+
+    def ask_source(self, source: Source, query: QueryConfig, data: DataConfig | None = None) -> Attribution:
+        """:meth:`ask` for a dataset opened by :func:`open_source`."""
+        data = data or columns_for(source, self.config.data)
+        rows = list(rows_of(source, self.tokenizer, replace(data, chunk_length=0), self.model.context))
+        for number, row in enumerate(rows):
+            if not row.labelled.any():
+                raise DataError(f"query {number} has {len(row.ids)} tokens and so no loss: it needs at least 2")
+        plan = plan_of(self.store)
+        with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
+            tokens = TokenFileWriter(Path(folder), self.model.vocabulary).write(rows)
+            gradients = gradients_of(self.model, tokens, plan)
+        attributor = Attributor(self.store, unit_norm=query.unit_norm)
+        return attributor.search(gradients, query.top_k, modules=list(query.modules) or None)
+
+
+def columns_for(source: Source, data: DataConfig) -> DataConfig:
+    """The index's columns where the queries have them, else ``prompt`` and ``completion``, else ``text``."""
+    names = set(source.columns)
+    wanted = {data.prompt_column, data.completion_column, data.conversation_column} - {""}
+    if data.conversation_column:
+        wanted.discard(data.prompt_column)
+    if wanted <= names or "input_ids" in names:
+        return data
+    plain = replace(data, conversation_column="", completion_column="")
+    if {"prompt", "completion"} <= names:
+        return replace(plain, prompt_column="prompt", completion_column="completion")
+    return replace(plain, prompt_column="text") if "text" in names else data
+
+
+def read_queries(path: str | Path) -> Source:
+    """Open a file of queries, one record each."""
+    return open_source(DataConfig(dataset=str(path)))
+
+
+def answer(
+    found: Attribution, queries: Sequence[Mapping[str, Any]], *, text_field: str = "text"
+) -> dict[str, Any]:
+    """The JSON of ``trace query --json``: proponents and opponents of every query, with row, score and text."""
+
+    def listed(hits: list[Hit]) -> list[dict[str, Any]]:
+        return [{"row": hit.row, "score": hit.score, "text": hit.column(text_field)} for hit in hits]
+
+    return {
+        "queries": [
+            {
+                "query": number,
+                "text": record_text(queries[number]),
+                "proponents": listed(found.proponents(number)),
+                "opponents": listed(found.opponents(number)),
+            }
+            for number in range(len(found))
+        ]
+    }

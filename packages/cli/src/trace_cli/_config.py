@@ -1,0 +1,25 @@
+"""From command-line options to the library's configurations."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import click
+from attribute import DataConfig, IndexConfig
+
+from trace_cli._progress import Bars
+
+
+def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
+    """Fill the configuration; neither model nor dataset means the demo's."""
+    values = dict(options)
+    if not values["model"] and not values["dataset"]:
+        from trace_cli._demo import demo_inputs
+
+        values["model"], values["dataset"] = demo_inputs(progress)
+    for name in ("model", "dataset"):
+        if not values[name]:
+            raise click.UsageError(f"--{name} is missing (without --model and --dataset the demo's are used)")
+    data = DataConfig(**{each.name: values.pop(each.name) for each in fields(DataConfig)})
+    return IndexConfig(data=data, **values)
