@@ -29,10 +29,10 @@ def assert_same(result, expected):
     np.testing.assert_allclose(result.bottom_scores, bottom_scores, rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "int4", "int2", "int1"])
 @pytest.mark.parametrize("metric", ["dot", "cos"])
 @pytest.mark.parametrize("modules", [None, ["b"], ["c", "a"]])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_search_equals_the_reference(tmp_path, make, write, dtype, metric, modules, seed):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 300))
@@ -151,8 +151,39 @@ def test_a_partial_store_is_searched_as_far_as_it_goes(tmp_path, arrays, plan):
         (np.ones((1, 12)), {"modules": "a"}, "modules must be"),
         (np.ones((1, 12)), {"k": -1}, "k is -1"),
         (np.ones((1, 12)), {"block_rows": 0}, "block_rows is 0"),
+        (np.ones((1, 12)), {"bits": 2}, "bits is 2, but the store holds fp32: leave it out"),
+        (np.ones((1, 12)), {"candidates": 9}, "candidates is 9; it goes with `bits`"),
     ],
 )
 def test_bad_queries_are_refused(store, queries, options, message):
     with pytest.raises(InvalidInput, match=message):
         search(store, queries, **{"k": 3, **options})
+
+
+@pytest.mark.parametrize("metric", ["dot", "cos"])
+@pytest.mark.parametrize("modules", [None, ["b"]])
+def test_a_coarse_scan_ranked_again_with_all_planes(tmp_path, make, write, metric, modules):
+    arrays = make(400, 20)
+    store = GradientStore.open(
+        write(tmp_path / "s", arrays, columns={"a": 11, "b": 9}, dtype="int4", rows_per_shard=150)
+    )
+    queries = np.random.default_rng(1).standard_normal((3, 20)).astype(np.float32)
+    options = {"metric": metric, "modules": modules}
+    everything = search(store, queries, 7, **options, bits=1, candidates=400)
+    assert_same(everything, reference(store, queries, 7, metric, modules))
+    coarse = search(store, queries, 30, **options, bits=2)
+    ranked = search(store, queries, 7, **options, bits=2, candidates=30)
+    full = scores(store, queries, **options)
+    for query in range(3):
+        found = coarse.top_rows[query]
+        best = found[np.lexsort((found, -full[query, found]))][:7]
+        assert ranked.top_rows[query].tolist() == best.tolist()
+    assert (coarse.top_rows[:, :7] != ranked.top_rows).any()
+
+
+def test_bits_must_be_fewer_than_the_store_has(tmp_path, make, write):
+    store = GradientStore.open(write(tmp_path / "s", make(9, 8), dtype="int4"))
+    search(store, np.ones((1, 8), np.float32), 1, bits=4)
+    for bits in (0, 3, 8):
+        with pytest.raises(InvalidInput, match=rf"bits is {bits}, but the store holds int4: one of \[1, 2\]"):
+            search(store, np.ones((1, 8), np.float32), 1, bits=bits)

@@ -1,24 +1,29 @@
-"""How a float32 row becomes bytes and comes back.
+"""How float32 rows become the tensors of a shard and come back.
 
 fp32 and bf16 keep the row as it is. fp16 stores `row / scale` with one power of two per row, chosen so that the
 largest entry lies in [2^14, 2^15): scaling by a power of two is exact, and neither tiny nor huge gradients leave the
-format's range. Beside every encoding stands `norm`, the Euclidean norm of the row as it was stored: cosines need it,
-and it bounds what a float32 sum can be off by.
+format's range. int8 to int1 are bit planes with a scale per row and module. Beside every encoding stands `norm`, the
+Euclidean norm of the row as it is read back: cosines need it, and it bounds what a float32 sum can be off by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstore._bitplanes import BITS, dequantise, padded, quantise
+
 F32 = NDArray[np.float32]
 Stored = NDArray[np.generic]
 
-_CHUNK: Final = 256  # rows decoded at a time, so that temporaries stay in cache
+DTYPES: Final = ("fp32", "fp16", "bf16", *BITS)
+_FLOATS: Final[Mapping[str, tuple[str, int]]] = {"fp32": ("F32", 4), "fp16": ("F16", 2), "bf16": ("BF16", 2)}
+_CHUNK: Final = 256  # rows encoded at a time, so that temporaries stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,59 +34,111 @@ class Tensor:
     array: Stored
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """The safetensors dtype of `rows`, its NumPy carrier, and whether a `scale` per row stands beside it."""
+class Layout:
+    """How rows of given modules lie in the tensors of a given dtype."""
 
-    dtype: str
-    carrier: str
-    scaled: bool
+    def __init__(self, dtype: str, columns: Mapping[str, int]) -> None:
+        self.dtype = dtype
+        self.bits = BITS.get(dtype)
+        self.widths = list(columns.values())
+        self.width = sum(self.widths)
+        self._bytes = np.cumsum([0, *(padded(width) // 8 for width in self.widths)]).tolist()
+        starts = np.cumsum([0, *self.widths]).tolist()
+        self.slices = [slice(a, b) for a, b in pairwise(starts)]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row takes, scales and norm included."""
+        if self.bits is not None:
+            return self.bits * self._bytes[-1] + 4 * len(self.widths) + 4
+        return _FLOATS[self.dtype][1] * self.width + (8 if self.dtype == "fp16" else 4)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape without the leading row count of each tensor that carries the rows."""
+        if self.bits is not None:
+            planes = {f"plane{p}": (self._bytes[-1],) for p in range(self.bits)}
+            return {**planes, "scale": (len(self.widths),), "norm": ()}
+        scale: dict[str, tuple[int, ...]] = {"scale": ()} if self.dtype == "fp16" else {}
+        return {"rows": (self.width,), **scale, "norm": ()}
+
+    def encode(self, rows: F32) -> dict[str, Tensor]:
+        """float32 [n, D] → the tensors that carry it; a row that is not finite, as stored, has a norm that is not."""
+        chunks = [self._encode(rows[start : start + _CHUNK]) for start in range(0, max(len(rows), 1), _CHUNK)]
+        return {
+            name: Tensor(chunks[0][name].dtype, np.concatenate([chunk[name].array for chunk in chunks]))
+            for name in self.shapes
+        }
+
+    def decode(
+        self, tensors: Mapping[str, Stored], modules: Sequence[int] | None = None, bits: int | None = None
+    ) -> F32:
+        """float32 [n, d] of all modules or of those given; fp16 still lacks its scale, fp32 stays a view if it can."""
+        if self.bits is not None:
+            return self._decode_planes(tensors, modules, bits or self.bits)
+        rows = tensors["rows"]
+        if modules is None:
+            return _decode_floats(rows, self.dtype)
+        parts = [_decode_floats(rows[:, self.slices[module]], self.dtype) for module in modules]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _encode(self, rows: F32) -> dict[str, Tensor]:
+        if self.bits is not None:
+            return self._encode_planes(rows, self.bits)
+        dtype = _FLOATS[self.dtype][0]
+        if self.dtype == "fp16":
+            largest = np.max(np.abs(rows), axis=1, initial=0)
+            scale = _fp16_scale(largest)
+            halves = (rows * (1 / scale)[:, None]).astype("<f2")
+            norm = np.where(np.isfinite(largest), _norms(_decode_floats(halves, "fp16")) * scale, np.float32(np.nan))
+            return {"rows": Tensor(dtype, halves), "scale": Tensor("F32", scale), "norm": Tensor("F32", norm)}
+        stored = _to_bfloat16(rows) if self.dtype == "bf16" else np.ascontiguousarray(rows, "<f4")
+        return {"rows": Tensor(dtype, stored), "norm": Tensor("F32", _norms(_decode_floats(stored, self.dtype)))}
+
+    def _encode_planes(self, rows: F32, bits: int) -> dict[str, Tensor]:
+        modules = [quantise(rows[:, columns], bits) for columns in self.slices]
+        empty = np.empty((len(rows), 0), np.uint8)
+        planes = [np.concatenate([empty, *(module[0][p] for module in modules)], axis=1) for p in range(bits)]
+        scale = np.stack([module[1] for module in modules], axis=1) if modules else empty.astype(np.float32)
+        tensors = {f"plane{p}": Tensor("U8", plane) for p, plane in enumerate(planes)}
+        tensors["scale"] = Tensor("F32", scale)
+        values = self.decode({name: tensor.array for name, tensor in tensors.items()})
+        return {**tensors, "norm": Tensor("F32", _norms(values))}
+
+    def _decode_planes(self, tensors: Mapping[str, Stored], modules: Sequence[int] | None, read: int) -> F32:
+        bits = self.bits or read
+        chosen = range(len(self.widths)) if modules is None else modules
+        planes = [tensors[f"plane{p}"].view(np.uint8) for p in range(read)]
+        scale = tensors["scale"].view(np.float32)
+        if modules is not None:
+            ranges = [slice(self._bytes[m], self._bytes[m + 1]) for m in modules]
+            planes = [np.concatenate([plane[:, part] for part in ranges], axis=1) for plane in planes]
+            scale = scale[:, list(modules)]
+        values = dequantise(planes, bits)
+        start, kept = 0, np.empty((len(values), sum(self.widths[m] for m in chosen)), np.float32)
+        whole = kept.shape == values.shape  # no module needed padding
+        end = 0
+        for column, module in enumerate(chosen):
+            width = self.widths[module]
+            out = values[:, start : start + width] if whole else kept[:, end : end + width]
+            np.multiply(values[:, start : start + width], scale[:, column, None], out=out)
+            start, end = start + padded(width), end + width
+        return values if whole else kept
 
 
-ENCODINGS: Final[Mapping[str, Encoding]] = {
-    "fp32": Encoding("F32", "<f4", scaled=False),
-    "fp16": Encoding("F16", "<f2", scaled=True),
-    "bf16": Encoding("BF16", "<u2", scaled=False),
-}
+def is_finite(stored: Stored) -> NDArray[np.bool_]:
+    """Which encoded entries are finite; asked of the stored bits, as decoding need not keep an infinity."""
+    if stored.dtype == np.uint16:
+        return (stored.view(np.uint16) & 0x7F80) != 0x7F80
+    return np.isfinite(stored)
 
 
-def row_bytes(dtype: str, width: int) -> int:
-    """Bytes that one encoded row takes, its scale and norm included."""
-    encoding = ENCODINGS[dtype]
-    return np.dtype(encoding.carrier).itemsize * width + 4 * encoding.scaled + 4
-
-
-def tensor_names(dtype: str) -> set[str]:
-    """Names of the tensors that carry the rows."""
-    return {"rows", "scale", "norm"} if ENCODINGS[dtype].scaled else {"rows", "norm"}
-
-
-def encode(rows: F32, dtype: str) -> dict[str, Tensor]:
-    """float32 [n, D] → the tensors of a shard that carry it; non-finite input gives a non-finite norm."""
-    if dtype == "fp16":
-        largest = np.max(np.abs(rows), axis=1, initial=0)
-        scale = _fp16_scale(largest)
-        halves = (rows * (1 / scale)[:, None]).astype("<f2")
-        norm = np.where(np.isfinite(largest), _norms(halves, dtype) * scale, np.float32(np.nan))
-        return {"rows": Tensor("F16", halves), "scale": Tensor("F32", scale), "norm": Tensor("F32", norm)}
-    stored = _to_bfloat16(rows) if dtype == "bf16" else np.ascontiguousarray(rows, "<f4")
-    return {"rows": Tensor(ENCODINGS[dtype].dtype, stored), "norm": Tensor("F32", _norms(stored, dtype))}
-
-
-def decode(stored: Stored, dtype: str) -> F32:
-    """The carrier array [n, d] → float32 [n, d], not yet multiplied by the row's scale; fp32 stays a view."""
+def _decode_floats(stored: Stored, dtype: str) -> F32:
     if dtype == "bf16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     if dtype == "fp16":
         return _from_float16(stored)
     return stored.astype(np.float32, copy=False)
-
-
-def is_finite(stored: Stored, dtype: str) -> NDArray[np.bool_]:
-    """Which encoded entries are finite; asked of the stored bits, as decoding need not keep an infinity."""
-    if dtype == "bf16":
-        return (stored.view(np.uint16) & 0x7F80) != 0x7F80
-    return np.isfinite(stored)
 
 
 def _from_float16(stored: Stored) -> F32:
@@ -113,11 +170,8 @@ def _fp16_scale(largest: F32) -> F32:
     return np.ldexp(np.float32(1), np.clip(exponent, -100, 113)).astype(np.float32)
 
 
-def _norms(stored: Stored, dtype: str) -> F32:
-    """Norms of encoded rows without scale, summed in float64: the same bytes whatever the machine's vector width."""
-    norms = np.empty(len(stored), np.float32)
+def _norms(values: F32) -> F32:
+    """Summed in float64: the same bytes whatever the machine's vector width."""
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(stored), _CHUNK):
-            values = decode(stored[start : start + _CHUNK], dtype).astype(np.float64)
-            norms[start : start + _CHUNK] = np.sqrt(np.multiply(values, values, out=values).sum(axis=1))
-    return norms
+        exact = values.astype(np.float64)
+        return np.sqrt(np.multiply(exact, exact, out=exact).sum(axis=1)).astype(np.float32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from gradstore._encodings import ENCODINGS, row_bytes
+from gradstore._encodings import DTYPES, Layout
 from gradstore._errors import (
     FormatVersion,
     InvalidInput,
@@ -23,7 +23,7 @@ FORMAT: Final = "gradstore"
 VERSION: Final = 1
 NAME: Final = "manifest.json"
 SIDE_DTYPES: Final = {"fp32": "<f4", "fp64": "<f8", "int32": "<i4", "int64": "<i8"}
-RESERVED: Final = ("rows", "scale", "norm")  # tensor names that the encodings use
+RESERVED: Final = ("rows", "scale", "norm", *(f"plane{p}" for p in range(8)))  # tensor names that the encodings use
 
 _PREFIX: Final = b'{\n  "checksum": "'  # fixes where the 32 hex digits of the checksum stand
 _ZEROS: Final = "0" * 32
@@ -154,15 +154,15 @@ def new_manifest(
     data: bool,
 ) -> Manifest:
     """Check a caller's arguments and make them a manifest; everything JSON is copied, so later edits don't leak in."""
-    if dtype not in ENCODINGS:
-        raise InvalidInput(f"Unknown dtype {dtype!r}; known: {', '.join(ENCODINGS)}.{did_you_mean(dtype, ENCODINGS)}")
+    if dtype not in DTYPES:
+        raise InvalidInput(f"Unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     if rows < 0:
         raise InvalidInput(f"rows is {rows}; a store has 0 or more.")
     for name, width in columns.items():
         if not name or width < 0:
             raise InvalidInput(f"Column {name!r} has width {width}; expected a name and a width of 0 or more.")
     if rows_per_shard is None:
-        rows_per_shard = default_rows_per_shard(rows, row_bytes(dtype, sum(columns.values())))
+        rows_per_shard = default_rows_per_shard(rows, Layout(dtype, columns).row_bytes)
     if rows_per_shard < 1:
         raise InvalidInput(f"rows_per_shard is {rows_per_shard}; a shard has 1 row or more.")
     return Manifest(

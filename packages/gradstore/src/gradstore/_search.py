@@ -47,6 +47,8 @@ def search(
     *,
     metric: Metric = "dot",
     modules: Sequence[str] | None = None,
+    bits: int | None = None,
+    candidates: int | None = None,
     block_rows: int | None = None,
 ) -> SearchResult:
     """The k rows with the highest and the k rows with the lowest score for each query, in one sweep.
@@ -61,18 +63,28 @@ def search(
         k: Hits per query and side; more than there are rows gives all rows.
         metric: `dot`, or `cos`: the dot product over both norms, each over the chosen modules; 0 for a zero vector.
         modules: Restrict the score to these modules.
+        bits: Read only the first 1, 2 or 4 bit planes of a store that has more: faster, coarser.
+        candidates: With `bits`: take this many rows per query and side from the coarse scan and rank them again with
+            all planes. Without it the coarse scores themselves are returned.
         block_rows: Rows per GEMM; changes the speed, never the result.
 
     Scores are float64 sums rounded to float32. Equal ones are ordered by the lower row number, on both sides.
     """
     if k < 0:
         raise InvalidInput(f"k is {k}; ask for 0 hits or more.")
-    scorer = _Scorer(store, queries, metric, modules)
-    top, bottom = _Best(len(queries), k), _Best(len(queries), k)
+    if candidates is not None and (bits is None or candidates < k):
+        raise InvalidInput(f"candidates is {candidates}; it goes with `bits` and must be at least k = {k}.")
+    scorer = _Scorer(store, queries, metric, modules, bits)
+    wanted = k if candidates is None else candidates
+    top, bottom = _Best(len(queries), wanted), _Best(len(queries), wanted)
     for start, block in scorer.sweep(block_rows):
         exact = block.exact
         top.add(start, block.scores, block.errors, exact)
         bottom.add(start, -block.scores, block.errors, lambda query, rows, exact=exact: -exact(query, rows))
+    if candidates is not None:
+        fine = _Scorer(store, queries, metric, modules)
+        top.rank_again(k, fine.exact)
+        bottom.rank_again(k, lambda query, rows: -fine.exact(query, rows))
     return SearchResult(top.rows, top.scores, bottom.rows, -bottom.scores + 0)  # + 0: no negative zeros
 
 
@@ -110,13 +122,21 @@ class _ScoredBlock:
 class _Scorer:
     """Queries against blocks: what is computed once per search."""
 
-    def __init__(self, store: GradientStore, queries: NDArray[Any], metric: str, modules: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        store: GradientStore,
+        queries: NDArray[Any],
+        metric: str,
+        modules: Sequence[str] | None,
+        bits: int | None = None,
+    ) -> None:
         self._store = store
+        self._bits = _check_bits(store, bits)
         self._cos = metric == "cos"
-        self._columns = store.select(modules)
+        self._modules = store.select(modules)
         chosen = _check_queries(store, queries, metric)
-        if self._columns is not None:
-            chosen = np.concatenate([chosen[:, part] for part in self._columns], axis=1)
+        if self._modules is not None:
+            chosen = np.concatenate([chosen[:, store.layout.slices[m]] for m in self._modules], axis=1)
         self._exact = chosen.astype(np.float64)
         self._norms = np.sqrt((self._exact * self._exact).sum(axis=1))
         if self._cos:
@@ -136,9 +156,28 @@ class _Scorer:
             for start in range(shard.start, shard.stop, step):
                 yield start, self._score(shard.cut(start, min(start + step, shard.stop)))
 
+    def exact(self, query: int, rows: I64) -> F32:
+        """Exact scores of rows from anywhere in the store."""
+        out = np.empty(len(rows), np.float32)
+        for place in np.argsort(rows, kind="stable").tolist():
+            block = self._store.one(int(rows[place]))
+            out[place] = self._exact_scores(query, block.values(self._modules, self._bits), block.scale)[0]
+        return out
+
+    def _exact_scores(self, query: int, values: F32, scale: F32 | None) -> F32:
+        picked = values.astype(np.float64)
+        dot = (picked * self._exact[query]).sum(axis=1)
+        if self._cos:  # the row's scale cancels
+            lengths = self._norms[query] * np.sqrt(np.multiply(picked, picked, out=picked).sum(axis=1))
+            dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
+        elif scale is not None:
+            dot *= scale
+        return dot.astype(np.float32)
+
     def _score(self, block: Block) -> _ScoredBlock:
-        values, scale = block.values(self._columns), block.scale
-        norm = block.norm if self._columns is None or not self._cos else _norms(values, scale)
+        values, scale = block.values(self._modules, self._bits), block.scale
+        # the stored norm is that of whole rows with all their bits
+        norm = block.norm if self._modules is None and self._bits is None else _norms(values, scale)
         with np.errstate(over="ignore", invalid="ignore"):
             result = (values @ self._queries).T
             if scale is not None:
@@ -155,16 +194,19 @@ class _Scorer:
             errors = np.where(self._norms[:, None] > 0, self._norms[:, None] * bound, 0)
 
         def exact(query: int, rows: I64) -> F32:
-            picked = values[rows].astype(np.float64)
-            dot = (picked * self._exact[query]).sum(axis=1)
-            if self._cos:  # the row's scale cancels
-                lengths = self._norms[query] * np.sqrt(np.multiply(picked, picked, out=picked).sum(axis=1))
-                dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
-            elif scale is not None:
-                dot *= scale[rows]
-            return dot.astype(np.float32)
+            return self._exact_scores(query, values[rows], None if scale is None else scale[rows])
 
         return _ScoredBlock(result, errors.astype(np.float32), exact)
+
+
+def _check_bits(store: GradientStore, bits: int | None) -> int | None:
+    if bits is None or bits == store.layout.bits:
+        return None
+    fewer = [b for b in (1, 2, 4) if b < (store.layout.bits or 0)]
+    if bits not in fewer:
+        choice = f"one of {fewer}, or leave it out" if fewer else "leave it out"
+        raise InvalidInput(f"bits is {bits}, but the store holds {store.dtype}: {choice}.")
+    return bits
 
 
 def _check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> F32:
@@ -224,6 +266,14 @@ class _Best:
             values = np.concatenate([old_scores[query], exact(query, near)])
             order = np.argsort(-values, kind="stable")[:grown]  # earlier rows stand first, so ties keep row order
             self.rows[query], self.scores[query] = rows[order], values[order]
+
+    def rank_again(self, k: int, exact: Callable[[int, I64], F32]) -> None:
+        """Keep the k best by another score."""
+        for query, rows in enumerate(self.rows):
+            scores = exact(query, rows)
+            order = np.lexsort((rows, -scores))
+            self.rows[query], self.scores[query] = rows[order], scores[order]
+        self.rows, self.scores = self.rows[:, :k].copy(), self.scores[:, :k].copy()
 
 
 def _kth_largest(scores: F32, k: int) -> float:

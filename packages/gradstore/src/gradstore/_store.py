@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstore._data import data_files, decode_row
-from gradstore._encodings import F32, decode, tensor_names
+from gradstore._encodings import F32, Layout, Stored
 from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
 from gradstore._journal import read_journal
 from gradstore._manifest import SIDE_DTYPES, load_manifest
@@ -26,26 +26,23 @@ _MAPPED_FILES = 16  # kept open for row-wise access; a sweep keeps one
 class Block:
     """Consecutive rows of one shard as they lie in the memory map."""
 
-    __slots__ = ("_dtype", "_rows", "norm", "scale", "start", "stop")
+    __slots__ = ("_layout", "_tensors", "norm", "scale", "start", "stop")
 
-    def __init__(self, start: int, rows: NDArray[np.generic], norm: F32, scale: F32 | None, dtype: str) -> None:
-        self.start, self.stop = start, start + len(rows)
-        self._rows, self._dtype = rows, dtype
-        self.norm = norm  # float32 [n], of the scaled row over all modules
-        self.scale = scale  # float32 [n] to multiply the values by, or None where the encoding needs none
+    def __init__(self, start: int, tensors: Mapping[str, Stored], layout: Layout) -> None:
+        self.start, self.stop = start, start + len(tensors["norm"])
+        self._tensors, self._layout = tensors, layout
+        self.norm: F32 = tensors["norm"].view(np.float32)  # [n], of the scaled row over all modules
+        # [n] to multiply the values by; None where decoding leaves nothing to do
+        self.scale: F32 | None = tensors["scale"].view(np.float32) if layout.dtype == "fp16" else None
 
     def cut(self, start: int, stop: int) -> Block:
         """Rows `start` to `stop` (numbers of the store) of this block."""
         part = slice(start - self.start, stop - self.start)
-        scale = None if self.scale is None else self.scale[part]
-        return Block(start, self._rows[part], self.norm[part], scale, self._dtype)
+        return Block(start, {name: self._tensors[name][part] for name in self._layout.shapes}, self._layout)
 
-    def values(self, columns: Sequence[slice] | None = None) -> F32:
+    def values(self, modules: Sequence[int] | None = None, bits: int | None = None) -> F32:
         """float32 [n, d] without the scale; a view where nothing needs doing."""
-        if columns is None:
-            return decode(self._rows, self._dtype)
-        parts = [decode(self._rows[:, part], self._dtype) for part in columns]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return self._layout.decode(self._tensors, modules, bits)
 
 
 class GradientStore:
@@ -73,10 +70,8 @@ class GradientStore:
                 f"{self.path}: the store is unfinished ({done} of {self.manifest.shards} shards). "
                 "Resume the build, or open it with partial=True."
             )
-        stops = np.cumsum([0, *self.manifest.columns.values()])
-        self.columns: Mapping[str, slice] = MappingProxyType(
-            {name: slice(int(a), int(b)) for name, a, b in zip(self.manifest.columns, stops, stops[1:])}
-        )
+        self.layout = Layout(self.manifest.dtype, self.manifest.columns)
+        self.columns: Mapping[str, slice] = MappingProxyType(dict(zip(self.manifest.columns, self.layout.slices)))
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -100,7 +95,7 @@ class GradientStore:
 
     @property
     def dtype(self) -> str:
-        """How rows are encoded: fp32, fp16 or bf16."""
+        """How rows are encoded: fp32, fp16, bf16, int8, int4, int2 or int1."""
         return self.manifest.dtype
 
     @property
@@ -128,15 +123,15 @@ class GradientStore:
         """Rows `start` to `stop` as float32 [stop - start, d], of all modules or of those named, in the order named."""
         if not 0 <= start <= stop <= self.rows:
             raise InvalidInput(f"Rows {start}:{stop} are not in the store, which has {self.rows}.")
-        columns = self.select(modules)
-        width = self.width if columns is None else sum(c.stop - c.start for c in columns)
+        chosen = self.select(modules)
+        width = self.width if chosen is None else sum(self.layout.widths[m] for m in chosen)
         out = np.empty((stop - start, width), np.float32)
         per_shard = self.manifest.rows_per_shard
         for shard in range(start // per_shard, -(-stop // per_shard) if stop > start else 0):
             whole = self._shard_block(shard)
             part = whole.cut(max(start, whole.start), min(stop, whole.stop))
             target = out[part.start - start : part.stop - start]
-            target[:] = part.values(columns)
+            target[:] = part.values(chosen)
             if part.scale is not None:
                 target *= part.scale[:, None]
         return out
@@ -172,8 +167,13 @@ class GradientStore:
         for shard, _, _ in self.shards:
             yield self._shard_block(shard, keep=False)
 
-    def select(self, modules: Sequence[str] | None) -> list[slice] | None:
-        """Column slices of the named modules; None means all."""
+    def one(self, index: int) -> Block:
+        """Row `index` as it lies in the memory map."""
+        index = self._index(index)
+        return self._shard_block(index // self.manifest.rows_per_shard).cut(index, index + 1)
+
+    def select(self, modules: Sequence[str] | None) -> list[int] | None:
+        """Positions of the named modules; None means all."""
         if modules is None:
             return None
         if isinstance(modules, str) or not modules:
@@ -183,7 +183,8 @@ class GradientStore:
                 raise InvalidInput(
                     f"No module {name!r} in the store; it has {len(self.columns)}.{did_you_mean(name, self.columns)}"
                 )
-        return [self.columns[name] for name in modules]
+        order = {name: position for position, name in enumerate(self.columns)}
+        return [order[name] for name in modules]
 
     def _index(self, index: int) -> int:
         if not 0 <= index < self.rows:
@@ -191,17 +192,15 @@ class GradientStore:
         return int(index)
 
     def _shard_block(self, shard: int, *, keep: bool = True) -> Block:
-        tensors = self._tensors(shard, keep=keep)
-        norm = tensors["norm"].astype(np.float32, copy=False)
-        scale = tensors["scale"].astype(np.float32, copy=False) if "scale" in tensors else None
-        return Block(self.manifest.span(shard)[0], tensors["rows"], norm, scale, self.dtype)
+        return Block(self.manifest.span(shard)[0], self._tensors(shard, keep=keep), self.layout)
 
     def _tensors(self, shard: int, *, keep: bool = True) -> dict[str, NDArray[np.generic]]:
         file = shard_file(shard)
         tensors = shard_tensors(self._map(file, keep=keep), self.path / file)
         start, stop = self.manifest.span(shard)
-        if not tensor_names(self.dtype) <= set(tensors) or len(tensors["rows"]) != stop - start:
-            raise StoreCorrupt(f"{self.path / file}: does not hold the {self.dtype} rows {start}..{stop - 1}.")
+        for name, shape in self.layout.shapes.items():
+            if name not in tensors or tensors[name].shape != (stop - start, *shape):
+                raise StoreCorrupt(f"{self.path / file}: does not hold the {self.dtype} rows {start}..{stop - 1}.")
         return tensors
 
     def _map(self, file: str, *, keep: bool = True) -> mmap.mmap:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradstore._data import count_rows, data_files
-from gradstore._encodings import is_finite, tensor_names
+from gradstore._encodings import is_finite
 from gradstore._errors import GradStoreError, StoreCorrupt
 from gradstore._manifest import plan_hash
 from gradstore._shard import map_file, shard_tensors
@@ -130,16 +130,16 @@ def _check_shard(store: GradientStore, shard: int) -> int:
     path = store.path / name
     tensors = shard_tensors(map_file(store.path, store.entries[name], verify=True), path)
     start, stop = store.manifest.span(shard)
-    expected = tensor_names(store.dtype) | set(store.manifest.side)
-    if set(tensors) != expected:
+    sides = {name: () if side.width is None else (side.width,) for name, side in store.manifest.side.items()}
+    expected = store.layout.shapes | sides
+    if set(tensors) != set(expected):
         raise StoreCorrupt(f"{path}: holds {sorted(tensors)}; expected {sorted(expected)}.")
     for tensor, array in tensors.items():
-        if len(array) != stop - start or (tensor == "rows" and array.shape[1] != store.width):
+        if array.shape != (stop - start, *expected[tensor]):
             raise StoreCorrupt(f"{path}: {tensor!r} has shape {array.shape}; the shard has rows {start}..{stop - 1}.")
         for first in range(0, len(array), 256):
             part = array[first : first + 256]
-            finite = is_finite(part, store.dtype) if tensor == "rows" else np.isfinite(part)
-            finite = finite.reshape(len(part), -1).all(axis=1)
+            finite = is_finite(part).reshape(len(part), -1).all(axis=1)
             if not finite.all():
                 raise StoreCorrupt(f"{path}: row {start + first + int(np.argmin(finite))}: {tensor!r} is not finite.")
     return stop - start

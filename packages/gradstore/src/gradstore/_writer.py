@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gradstore import _journal, _manifest
 from gradstore._data import data_files, encode_rows
-from gradstore._encodings import Tensor, encode, is_finite
+from gradstore._encodings import Layout, Tensor, is_finite
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
 from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, sync_folder, write_atomic, write_errors
 from gradstore._journal import Entry, Journal
@@ -48,6 +48,7 @@ class StoreWriter:
         self._lock = lock
         self.manifest = _manifest.load_manifest(path)
         self._journal = Journal(path, self.manifest.journal)
+        self._layout = Layout(self.manifest.dtype, self.manifest.columns)
         self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
         self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
         self._error: BaseException | None = None
@@ -75,7 +76,7 @@ class StoreWriter:
             columns: Module name → floats per row, in the order in which `write` gets them.
             plan: Any JSON that says how the rows are made; `resume` refuses another one.
             meta: Any further JSON; kept, not compared.
-            dtype: `fp32`, `fp16` (with a power of two per row) or `bf16`.
+            dtype: `fp32`, `fp16`, `bf16`, or `int8`, `int4`, `int2`, `int1` (bit planes, a scale per module).
             rows_per_shard: Default: at most 64 MiB and 8,192 rows, about a sixteenth of a small store.
             side_columns: Numbers beside each row: names (`tokens` is int32, others fp32), or name → dtype or `Side`.
             data: Whether the dataset rows are kept too (`write_data`).
@@ -257,7 +258,7 @@ class StoreWriter:
                     self._error = error
 
     def _write_shard(self, shard: int, rows: NDArray[np.float32], side: dict[str, Tensor]) -> None:
-        tensors = encode(rows, self.manifest.dtype)
+        tensors = self._layout.encode(rows)
         self._require_finite(tensors, rows, self.manifest.span(shard)[0])
         file = shard_file(shard)
         size, digest = write_atomic(self.path / file, shard_parts({**tensors, **side}))
@@ -268,7 +269,8 @@ class StoreWriter:
         if not bad.any():
             return
         row = int(np.argmax(bad))
-        finite = is_finite(tensors["rows"].array[row], self.manifest.dtype)
+        # where only the encoding overflows, the encoded entries tell which; bit planes hold no infinities
+        finite = is_finite(tensors["rows"].array[row]) if "rows" in tensors else np.isfinite(rows[row])
         if finite.all():
             raise InvalidInput(f"Row {start + row}: its norm overflows float32. Look for an exploding loss.")
         column = int(np.argmin(finite))
