@@ -10,12 +10,12 @@ from gradcore._plan import CapturePlan, ModulePlan
 from gradcore.sketches import Identity, Sketch, TwoSided
 
 __all__ = [
-    "IGNORE",
     "CaptureError",
     "CapturePlan",
     "Coverage",
     "GradCoreError",
     "GradientCollector",
+    "IGNORE",
     "Identity",
     "ModulePlan",
     "PlanMismatch",

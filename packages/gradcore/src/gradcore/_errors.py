@@ -1,9 +1,9 @@
 """The errors of gradcore.
 
-    GradCoreError
-    ├── SelectionError    a pattern that matches no module
-    ├── CaptureError      a module, batch or loss that cannot be captured as asked
-    └── PlanMismatch      two artefacts whose capture plans disagree
+GradCoreError
+├── SelectionError    a pattern that matches no module
+├── CaptureError      a module, batch or loss that cannot be captured as asked
+└── PlanMismatch      two artefacts whose capture plans disagree
 """
 
 from __future__ import annotations

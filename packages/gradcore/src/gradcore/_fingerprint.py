@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,4 +35,4 @@ def _sample(tensor: Tensor) -> bytes:
     flat = tensor.reshape(-1)
     step = max(1, flat.numel() // _SAMPLES)
     picked = flat[::step].cpu().contiguous()
-    return bytes(picked.view(torch.uint8).tolist()) if picked.numel() else b""
+    return bytes(cast(list[int], picked.view(torch.uint8).tolist())) if picked.numel() else b""

@@ -73,7 +73,9 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            mean, log_normaliser = softmax_mean(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+            mean, log_normaliser = softmax_mean(
+                hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+            )
             chosen = weight.detach().index_select(0, targets).float()  # [t, d]
             target_logit = (hidden.detach().float() * chosen).sum(1)
             if bias is not None:

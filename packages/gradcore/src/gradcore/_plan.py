@@ -153,7 +153,9 @@ class CapturePlan:
         for name, remedy in _REMEDIES.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                found, expected = _difference(mine, theirs)
+                found, expected = repr(mine), repr(theirs)
+                if name == "modules":
+                    found, expected = _difference(self.modules, other.modules)
                 raise PlanMismatch(f"{name} differs: {this} has {found}, {that} has {expected}; {remedy}")
 
 
@@ -167,10 +169,8 @@ _REMEDIES = {
 }
 
 
-def _difference(mine: object, theirs: object) -> tuple[str, str]:
-    """What to show of two unequal values: for module lists the first place where they part."""
-    if not (isinstance(mine, tuple) and isinstance(theirs, tuple)):
-        return repr(mine), repr(theirs)
+def _difference(mine: tuple[ModulePlan, ...], theirs: tuple[ModulePlan, ...]) -> tuple[str, str]:
+    """The first place where two lists of modules part."""
     for left, right in zip(mine, theirs):
         if left != right:
             return _show(left), _show(right)

@@ -1,0 +1,107 @@
+"""The plan is a value: saved, read back, hashed, compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from gradcore_models import TinyLM
+
+from gradcore import (
+    CaptureError,
+    CapturePlan,
+    GradCoreError,
+    PlanMismatch,
+    TwoSided,
+    coverage,
+    model_fingerprint,
+)
+
+
+@pytest.fixture
+def plan():
+    return CapturePlan.for_model(TinyLM(), "blocks.*", sketch=TwoSided(4), fingerprint="abc")
+
+
+def test_columns_follow_modules(plan):
+    assert plan.columns == {"blocks.0.up": 16, "blocks.0.down": 16, "blocks.1.up": 16, "blocks.1.down": 16}
+    assert plan.width == 64
+    assert plan.slices["blocks.1.up"] == slice(32, 48)
+    whole = CapturePlan.for_model(TinyLM(), "blocks.*")
+    assert whole.shapes["blocks.0.up"] == (16, 8)
+    assert whole.shapes["blocks.0.down"] == (8, 16)
+
+
+def test_saved_and_read_back(plan):
+    saved = json.loads(json.dumps(plan.to_dict()))
+    assert CapturePlan.from_dict(saved) == plan
+    assert CapturePlan.from_dict(saved).digest == plan.digest
+    with pytest.raises(GradCoreError, match="unexpected or missing"):
+        CapturePlan.from_dict({**saved, "colour": 1})
+
+
+def test_digest_tells_every_field_apart(plan):
+    others = [
+        replace(plan, sketch=TwoSided(5)),
+        replace(plan, sketch=TwoSided(4, seed=1)),
+        replace(plan, reduction="mean"),
+        replace(plan, model="abd"),
+        plan.restrict("blocks.0.*"),
+    ]
+    assert len({each.digest for each in [plan, *others]}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sketch": TwoSided(8)}, r"sketch differs.*side=4.*side=8.*--projection-dim"),
+        ({"model": "xyz"}, r"model differs.*'abc'.*'xyz'.*checkpoint"),
+        ({"reduction": "mean"}, r"reduction differs.*'sum'.*'mean'.*--loss-reduction"),
+    ],
+)
+def test_mismatch_names_field_values_and_remedy(plan, change, message):
+    with pytest.raises(PlanMismatch, match=message):
+        plan.require_equal(replace(plan, **change))
+
+
+def test_mismatch_of_modules_shows_the_first_difference(plan):
+    with pytest.raises(PlanMismatch, match=r"this has 4 modules, the other has 2 modules"):
+        plan.require_equal(plan.restrict("blocks.0.*"))
+    with pytest.raises(PlanMismatch, match=r"query has blocks.0.up \[16, 8\], index has blocks.0.up \[12, 6\]"):
+        plan.require_equal(
+            CapturePlan.for_model(TinyLM(width=6), "blocks.*", sketch=TwoSided(4)), this="query", that="index"
+        )
+
+
+def test_empty_plans_and_unknown_reductions_are_refused(plan):
+    with pytest.raises(CaptureError, match="captures nothing"):
+        CapturePlan(modules=())
+    with pytest.raises(GradCoreError, match="sum, mean"):
+        replace(plan, reduction="median")
+
+
+def test_coverage_lists_what_is_left_out():
+    model = TinyLM()
+    report = coverage(model, CapturePlan.for_model(model, "blocks.*"))
+    assert report.total == sum(parameter.numel() for parameter in model.parameters())
+    assert report.captured == 4 * 8 * 16
+    assert report.captured + sum(each.floats for each in report.left_out) == report.total
+    reasons = {each.module: each.reason for each in report.left_out}
+    assert reasons["head"] == "not selected"
+    assert "Embedding is not a captured layer type" in reasons["embed"]
+    assert reasons["blocks.0.up"] == "only the weight matrix is captured"
+
+
+def test_coverage_counts_tied_parameters_once():
+    model = TinyLM()
+    model.head.weight = model.embed.weight
+    report = coverage(model, CapturePlan.for_model(model, "blocks.*"))
+    assert report.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_fingerprint_follows_values_not_objects():
+    model, same = TinyLM(), TinyLM()
+    same.load_state_dict(model.state_dict())
+    assert model_fingerprint(model) == model_fingerprint(same)
+    assert model_fingerprint(model) != model_fingerprint(model.bfloat16())
