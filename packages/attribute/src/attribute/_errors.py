@@ -1,9 +1,9 @@
 """The errors of attribute.
 
-    AttributionError
-    ├── DataError      a dataset that cannot be read, rendered or tokenised as asked
-    ├── ModelError     a model that cannot be loaded or measured
-    └── RunError       a run folder that cannot be written, continued or queried
+AttributionError
+├── DataError      a dataset that cannot be read, rendered or tokenised as asked
+├── ModelError     a model that cannot be loaded or measured
+└── RunError       a run folder that cannot be written, continued or queried
 """
 
 from __future__ import annotations

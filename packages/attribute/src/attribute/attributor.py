@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
-from gradstore import GradientStore, SearchResult
 from torch import Tensor, nn
 
 from attribute._errors import RunError
 from attribute.methods import method_named
+from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
+from gradstore import GradientStore, SearchResult
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Hit:
 class Attribution:
     """What a search found: ``[q, k]`` scores and row numbers, and the texts behind them.
 
-    ``scores`` and ``indices`` are the proponents, best first, or with ``reverse=True`` the opponents, most opposed first.
+    ``scores`` and ``indices`` are the proponents, best first, or with ``reverse=True`` the opponents, the most
+    opposed first.
     """
 
     def __init__(self, store: GradientStore, reverse: bool) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gradcore import IGNORE
 from torch import Tensor
 
 from attribute.data import TokenFile
+from gradcore import IGNORE
 
 
 @dataclass(frozen=True)

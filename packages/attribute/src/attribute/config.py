@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from gradcore import Identity, Sketch, TwoSided
-
 from attribute._errors import AttributionError
+from gradcore import Identity, Sketch, TwoSided
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORE_DTYPES = ("fp32", "fp16", "bf16")

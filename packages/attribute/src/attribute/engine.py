@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from gradcore import CapturePlan, GradientCollector
 from torch import Tensor
 
 from attribute._errors import ModelError
@@ -20,6 +19,7 @@ from attribute.batching import assemble, plan_batches
 from attribute.data import TokenFile
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
+from gradcore import CapturePlan, GradientCollector
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _run_batch(
     finite = losses.detach().isfinite()
     if not finite.all():
         row = int(rows[int((~finite).nonzero()[0])])
-        raise ModelError(f"row {row} has loss {float(losses[~finite][0])}: the model overflows on it (--precision fp32?)")
+        raise ModelError(
+            f"row {row} has loss {float(losses[~finite][0])}: the model overflows on it (--precision fp32?)"
+        )
     losses.sum().backward()
     labelled = (batch.labels != -100).sum(1).cpu().numpy()
     return RowBlock(rows, collector.take(), losses.detach(), labelled)

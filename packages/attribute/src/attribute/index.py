@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradcore import CapturePlan, coverage
-from gradstore import GradientStore, StoreWriter
 from torch import nn
 
 from attribute._errors import DataError, RunError
@@ -18,6 +16,8 @@ from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source,
 from attribute.engine import RowBlock, run_pass
 from attribute.model import LanguageModel, load_model, load_tokenizer
 from attribute.progress import Progress, Quiet
+from gradcore import CapturePlan, coverage
+from gradstore import GradientStore, StoreWriter
 
 _MANIFEST = "manifest.json"
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gradcore import CapturePlan, model_fingerprint, per_example_loss
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
+from gradcore import CapturePlan, model_fingerprint, per_example_loss
 
 if TYPE_CHECKING:
     from attribute.config import IndexConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
-_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class LanguageModel:
         name: what it was loaded from.
         model: the whole model, in eval mode.
         base: everything before the output embedding; module names are relative to it.
-        fused: whether the chunked loss head stands in for the model's own. It does if both agree on a probe batch;
-            heads with soft-capped or rescaled logits go through the model's own logits instead.
+        fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head applied
+            to the base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
     """
 
     name: str
@@ -48,7 +47,7 @@ class LanguageModel:
         if not isinstance(base, nn.Module) or base is model or not isinstance(head, nn.Linear):
             raise ModelError(f"{name or type(model).__name__} is no causal language model with an output embedding")
         _require_finite(model, name)
-        return cls(name, model, base, _head_agrees(model, base, head))
+        return cls(name, model, base, _probe(model, base, head, name))
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +64,8 @@ class LanguageModel:
         """Most tokens a row may have, as the model's configuration states it."""
         config = self.model.config
         return next(
-            (getattr(config, name) for name in ("max_position_embeddings", "n_positions") if hasattr(config, name)), None
+            (getattr(config, name) for name in ("max_position_embeddings", "n_positions") if hasattr(config, name)),
+            None,
         )
 
     def fingerprint(self) -> str:
@@ -149,17 +149,44 @@ def _require_finite(model: nn.Module, name: str) -> None:
             raise ModelError(f"{name or 'the model'}: the weight {parameter_name} holds NaN or infinity")
 
 
-def _head_agrees(model: nn.Module, base: nn.Module, head: nn.Linear) -> bool:
-    vocabulary = head.weight.shape[0]
-    ids = (torch.arange(8, device=head.weight.device) * 7919 % vocabulary)[None]
+def _probe(model: nn.Module, base: nn.Module, head: nn.Linear, name: str) -> bool:
+    """Whether the model's logits are just the head applied to the base's output.
+
+    One forward pass of two rows that differ in their last token. The head's output is replaced by known numbers of both
+    signs and all sizes, so that a soft cap or a scale behind it shows however small the model's own logits are.
+
+    Raises:
+        ModelError: a later token changes the hidden states of an earlier one.
+    """
+    ids = torch.arange(8, device=head.weight.device).repeat(2, 1) % head.weight.shape[0]
+    ids[1, -1] = 0
+    known = torch.linspace(-100, 100, ids.numel() * head.weight.shape[0], device=ids.device, dtype=head.weight.dtype)
+    known = known.view(*ids.shape, -1)
+    seen: list[Tensor] = []
+
+    def replace(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
+        seen.append(given[0])
+        return known
+
+    handle = head.register_forward_hook(replace)
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.no_grad():
-        own = _logit_losses(model(input_ids=ids, use_cache=False).logits, ids, "sum")
-        fused = per_example_loss(base(input_ids=ids, use_cache=False)[0], head.weight, ids, bias=head.bias)
-    for module, training in modes.items():
-        module.training = training
-    return torch.allclose(own, fused, rtol=_HEAD_TOLERANCE.get(head.weight.dtype, 1e-4))
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            hidden = base(input_ids=ids, use_cache=False)[0]
+    finally:
+        handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    drift = (hidden[0, :-1] - hidden[1, :-1]).float().norm() / hidden[0, :-1].float().norm()
+    if drift > 100 * torch.finfo(hidden.dtype).eps:
+        raise ModelError(
+            f"{name or type(model).__name__} looks ahead: a later token changes what it says about earlier ones. "
+            "Only causal (left-to-right) language models have the next-token loss that is measured here"
+        )
+    plain = head.weight.is_floating_point() and head.weight.shape == (head.out_features, head.in_features)
+    return plain and len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(logits.to(known.dtype), known)
 
 
 def _logit_losses(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore import GradientStore
-
 from attribute._errors import DataError
 from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
@@ -18,6 +16,7 @@ from attribute.data.sources import Source
 from attribute.engine import gradients_of
 from attribute.index import source_of
 from attribute.model import LanguageModel, load_model, load_tokenizer
+from gradstore import GradientStore
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ def read_queries(path: str | Path) -> Source:
     return open_source(DataConfig(dataset=str(path)))
 
 
-def answer(
-    found: Attribution, queries: Sequence[Mapping[str, Any]], *, text_field: str = "text"
-) -> dict[str, Any]:
+def answer(found: Attribution, queries: Sequence[Mapping[str, Any]], *, text_field: str = "text") -> dict[str, Any]:
     """The JSON of ``trace query --json``: proponents and opponents of every query, with row, score and text."""
 
     def listed(hits: list[Hit]) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 import click
-from attribute import DataConfig, IndexConfig
 
+from attribute import DataConfig, IndexConfig
 from trace_cli._progress import Bars
 
 

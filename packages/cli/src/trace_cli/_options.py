@@ -20,12 +20,20 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 data_options = _stack(
-    click.option("--dataset", default="", help="Hub id, save_to_disk folder, folder of files, or a json, jsonl, csv, parquet or txt file."),
-    click.option("--split", default="train", show_default=True, help="Split; train[:100] and train[10%:20%] take a part."),
+    click.option(
+        "--dataset",
+        default="",
+        help="Hub id, save_to_disk folder, folder of files, or a json, jsonl, csv, parquet or txt file.",
+    ),
+    click.option(
+        "--split", default="train", show_default=True, help="Split; train[:100] and train[10%:20%] take a part."
+    ),
     click.option("--subset", default="", help="Configuration of a hub dataset."),
     click.option("--prompt-column", default="text", show_default=True, help="Column of the text, or of the prompt."),
     click.option("--completion-column", default="", help="Column of the completion; only its tokens carry loss."),
-    click.option("--conversation-column", default="", help="Column of role/content turns; only the assistant's carry loss."),
+    click.option(
+        "--conversation-column", default="", help="Column of role/content turns; only the assistant's carry loss."
+    ),
     click.option("--truncation", is_flag=True, help="Cut documents at the model's context."),
     click.option("--chunk-length", default=0, help="Cut documents into rows of at most this many tokens."),
     click.option("--max-tokens", default=0, help="Stop after the row that reaches this many tokens."),
@@ -36,16 +44,45 @@ model_options = _stack(
     click.option("--model", default="", help="Model folder or hub id."),
     click.option("--revision", default="", help="Branch, tag or commit of a hub model."),
     click.option("--tokenizer", default="", help="Another tokenizer than the model's own."),
-    click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16", "auto"]), default="fp32", show_default=True, help="Dtype the model runs in."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."),
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
+        default="fp32",
+        show_default=True,
+        help="Dtype the model runs in.",
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."
+    ),
 )
 
 capture_options = _stack(
-    click.option("--modules", multiple=True, metavar="PATTERN", help="Glob (or re:REGEX) of modules to capture; repeatable."),
+    click.option(
+        "--modules", multiple=True, metavar="PATTERN", help="Glob (or re:REGEX) of modules to capture; repeatable."
+    ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules to leave out; repeatable."),
-    click.option("--projection-dim", default=16, show_default=True, help="Side of the two-sided sketch, its square floats a module; 0 keeps whole gradients."),
-    click.option("--projection-type", type=click.Choice(["rademacher", "normal"]), default="rademacher", show_default=True, help="Entries of the sketch."),
+    click.option(
+        "--projection-dim",
+        default=16,
+        show_default=True,
+        help="Side of the two-sided sketch, its square floats a module; 0 keeps whole gradients.",
+    ),
+    click.option(
+        "--projection-type",
+        type=click.Choice(["rademacher", "normal"]),
+        default="rademacher",
+        show_default=True,
+        help="Entries of the sketch.",
+    ),
     click.option("--projection-seed", default=0, show_default=True, help="Another seed is another sketch."),
-    click.option("--loss-reduction", type=click.Choice(["sum", "mean"]), default="sum", show_default=True, help="Over the labelled tokens of a row."),
-    click.option("--token-batch-size", default=4096, show_default=True, help="Padded tokens a batch; a longer row runs alone."),
+    click.option(
+        "--loss-reduction",
+        type=click.Choice(["sum", "mean"]),
+        default="sum",
+        show_default=True,
+        help="Over the labelled tokens of a row.",
+    ),
+    click.option(
+        "--token-batch-size", default=4096, show_default=True, help="Padded tokens a batch; a longer row runs alone."
+    ),
 )

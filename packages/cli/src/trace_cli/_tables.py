@@ -7,7 +7,9 @@ from typing import Any
 _ROWS_OF_TEXT = 200
 
 
-def print_hits(query: str, proponents: list[dict[str, Any]], opponents: list[dict[str, Any]], *, unit_norm: bool) -> None:
+def print_hits(
+    query: str, proponents: list[dict[str, Any]], opponents: list[dict[str, Any]], *, unit_norm: bool
+) -> None:
     """A query and the rows on either side of it."""
     from rich.console import Console
     from rich.markup import escape

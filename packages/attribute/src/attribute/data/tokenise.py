@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from gradcore import IGNORE
 
 from attribute._errors import DataError
 from attribute.config import DataConfig
 from attribute.data.sources import Source
+from gradcore import IGNORE
 
 Span = tuple[int, int]
 
@@ -21,9 +21,17 @@ class Tokenizer(Protocol):
 
     is_fast: bool
 
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
-    def decode(self, token_ids: Any, **options: Any) -> Any: ...
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        """Token ids, and offsets where asked."""
+        ...
+
+    def decode(self, token_ids: Any, **options: Any) -> Any:
+        """Text of token ids."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Text of a conversation."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,9 @@ def _conversations(
     for place, record in enumerate(records):
         turns = record[config.conversation_column]
         where = f"row {done + place}, column {config.conversation_column!r}"
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns):
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
+        ):
             raise DataError(f"{where} is not a list of turns with role and content")
         yield _conversation(turns, tokenizer, where)
 

@@ -15,7 +15,13 @@ from trace_cli._options import capture_options, data_options, model_options
 @model_options
 @data_options
 @capture_options
-@click.option("--store-dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Encoding of the stored rows.")
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Encoding of the stored rows.",
+)
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -31,7 +37,6 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
     """
     from attribute import build_index
     from attribute.index import refuse_finished
-
     from trace_cli._config import index_config
     from trace_cli._progress import Bars
     from trace_cli._replay import save_config
@@ -46,7 +51,13 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
     if as_json:
         import json
 
-        summary = {"path": run_path, "rows": store.rows, "width": store.width, "modules": len(store.columns), "seconds": seconds}
+        summary = {
+            "path": run_path,
+            "rows": store.rows,
+            "width": store.width,
+            "modules": len(store.columns),
+            "seconds": seconds,
+        }
         click.echo(json.dumps(summary))
         return
     click.echo(f"{store.rows:,} rows × {store.width:,} floats in {run_path} ({seconds:.1f} s)")

@@ -11,12 +11,20 @@ if TYPE_CHECKING:
 
 
 @click.command("query")
-@click.option("--index", required=True, type=click.Path(exists=True, file_okay=False), help="Run folder of trace build.")
+@click.option(
+    "--index", required=True, type=click.Path(exists=True, file_okay=False), help="Run folder of trace build."
+)
 @click.option("--model", default="", help="Where the index's model lies now, if it has moved.")
-@click.option("--queries", type=click.Path(exists=True), help="File of queries, with the index's columns, or prompt and completion, or text.")
+@click.option(
+    "--queries",
+    type=click.Path(exists=True),
+    help="File of queries, with the index's columns, or prompt and completion, or text.",
+)
 @click.option("--text", "texts", multiple=True, help="A query; repeatable.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
-@click.option("--unit-norm/--no-unit-norm", default=True, show_default=True, help="Cosine of gradients, or their dot product.")
+@click.option(
+    "--unit-norm/--no-unit-norm", default=True, show_default=True, help="Cosine of gradients, or their dot product."
+)
 @click.option("--modules", multiple=True, metavar="PATTERN", help="Count only these modules; repeatable.")
 @click.option("--text-field", default="text", show_default=True, help="Column of a row to show.")
 @click.option("--device", default="auto", show_default=True, help="Where the query's gradients are computed.")
@@ -86,4 +94,6 @@ def _write_csv(path: str, result: dict[str, Any]) -> None:
             writer.writerow(["query", "direction", "result", "result_index", "score"])
         for each in result["queries"]:
             for direction in ("proponents", "opponents"):
-                writer.writerows([each["text"], direction[:-1], hit["text"], hit["row"], hit["score"]] for hit in each[direction])
+                writer.writerows(
+                    [each["text"], direction[:-1], hit["text"], hit["row"], hit["score"]] for hit in each[direction]
+                )
