@@ -1,9 +1,12 @@
 """Which subnetwork of a transformer computes a variable: circuit and subnetwork probes."""
 
 from probing._circuit import CircuitModel
-from probing._configs import CircuitConfig, ResidualUpdateModelConfig
+from probing._configs import CircuitConfig, CircuitProbeConfig, ResidualUpdateModelConfig, SubnetworkProbeConfig
+from probing._data import ProbeData
 from probing._errors import ConfigError, DataError, MaskError, ProbingError, ReadoutError, SiteError
+from probing._fit import TrainPlan, fit
 from probing._masks import Masks, overlap
+from probing._probes import CircuitProbe, SubnetworkProbe
 from probing._readout import Readout, ResidualUpdateModel
 from probing._sites import Site, find_sites
 
@@ -12,6 +15,13 @@ __all__ = [
     "CircuitConfig",
     "ResidualUpdateModel",
     "ResidualUpdateModelConfig",
+    "CircuitProbe",
+    "CircuitProbeConfig",
+    "SubnetworkProbe",
+    "SubnetworkProbeConfig",
+    "ProbeData",
+    "TrainPlan",
+    "fit",
     "Masks",
     "overlap",
     "Site",

@@ -245,6 +245,17 @@ class CircuitModel(nn.Module):
             total += soft.numel()
         return between / total if total else 0.0
 
+    def threshold_to(self, share: float) -> None:
+        """Shift all logits by one constant so that exactly this share of units is kept, biases not counted."""
+        logits = torch.cat([mask.logits.detach().flatten() for mask in self._each()])
+        kept = round(share * logits.numel())
+        order = logits.sort(descending=True).values
+        ends = torch.cat([order[:1] + 1, order, order[-1:] - 1])
+        middle = (ends[kept] + ends[kept + 1]) / 2
+        with torch.no_grad():
+            for mask in self._each():
+                mask.logits.sub_(middle)
+
     def masks(self, **info: Any) -> Masks:
         """The binary circuit as an artefact, whatever the ablation mode."""
         each = list(self._each())

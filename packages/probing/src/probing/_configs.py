@@ -196,3 +196,101 @@ class CircuitConfig(_Config):
         names = _RULE_OPTIONS[self.mask_method]
         values = {names[k]: v for k, v in self.mask_hparams.items() if k in names}
         return RULES[self.mask_method](**values)
+
+
+class _ProbeConfig(_Config):
+    """What the two probes' configs share: the readout probed, and the two inner configs."""
+
+    if TYPE_CHECKING:  # the base class makes a required field of every annotation it sees
+        probe_vectors: str
+        circuit_config: CircuitConfig
+        resid_config: ResidualUpdateModelConfig
+
+    def _check(self) -> None:
+        if isinstance(self.circuit_config, Mapping):
+            self.circuit_config = CircuitConfig(**self.circuit_config)
+        if isinstance(self.resid_config, Mapping):
+            self.resid_config = ResidualUpdateModelConfig(**self.resid_config)
+        if not self.circuit_config.freeze_base:
+            raise ConfigError("a probe looks at a model that stands still: set circuit_config.freeze_base=True")
+        if self.probe_vectors not in self.resid_config.keys():  # noqa: SIM118
+            raise ConfigError(
+                f"probe_vectors={self.probe_vectors!r} is not among what resid_config remembers "
+                f"({', '.join(self.resid_config.keys()) or 'nothing'}); make the two agree"
+            )
+
+
+class CircuitProbeConfig(_ProbeConfig):
+    """What a `CircuitProbe` looks at.
+
+    >>> CircuitProbeConfig(
+    ...     "attn_update_0",
+    ...     CircuitConfig("continuous_sparsification", {"mask_unit": "neuron"}, ["transformer.h.0.attn.c_*"]),
+    ...     ResidualUpdateModelConfig("gpt", [0], attn=True),
+    ... ).loss
+    'contrastive'
+
+    Args:
+        probe_vectors: a key of ``vector_cache``, such as ``"attn_update_1"``.
+        circuit_config: the masks.
+        resid_config: the readouts; must include ``probe_vectors``.
+        loss: ``"contrastive"``, the soft nearest neighbour loss of Lepori et al. 2024; or ``"linear"``, the same loss
+            between the circuit's vectors and the full model's.
+    """
+
+    options = ("probe_vectors", "circuit_config", "resid_config", "loss")
+
+    def __init__(
+        self,
+        probe_vectors: str = "",
+        circuit_config: CircuitConfig | None = None,
+        resid_config: ResidualUpdateModelConfig | None = None,
+        loss: str = "contrastive",
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        self.probe_vectors = probe_vectors
+        self.circuit_config = circuit_config if circuit_config is not None else CircuitConfig()
+        self.resid_config = resid_config if resid_config is not None else ResidualUpdateModelConfig()
+        check_choice("loss", loss, ("contrastive", "linear", "linear_probe"))
+        self.loss = "linear" if loss == "linear_probe" else loss
+        if probe_vectors:
+            self._check()
+
+
+class SubnetworkProbeConfig(_ProbeConfig):
+    """What a `SubnetworkProbe` looks at, and the classifier on top.
+
+    Args:
+        probe_vectors: a key of ``vector_cache``.
+        n_classes: how many classes the probe tells apart.
+        circuit_config: the masks; ``target_layers=[]`` makes it an ordinary probe.
+        resid_config: the readouts; must include ``probe_vectors``.
+        intermediate_size: width of the hidden layer of an MLP probe; −1 for a linear probe.
+        labeling: ``"sequence"``, one label and one probed position a row; or ``"token"``, any number.
+    """
+
+    options = ("probe_vectors", "n_classes", "circuit_config", "resid_config", "intermediate_size", "labeling")
+
+    def __init__(
+        self,
+        probe_vectors: str = "",
+        n_classes: int = 2,
+        circuit_config: CircuitConfig | None = None,
+        resid_config: ResidualUpdateModelConfig | None = None,
+        intermediate_size: int = -1,
+        labeling: str = "sequence",
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        self.probe_vectors, self.n_classes = probe_vectors, n_classes
+        self.circuit_config = circuit_config if circuit_config is not None else CircuitConfig()
+        self.resid_config = resid_config if resid_config is not None else ResidualUpdateModelConfig()
+        self.intermediate_size, self.labeling = intermediate_size, labeling
+        check_choice("labeling", labeling, ("sequence", "token"))
+        if n_classes < 2:
+            raise ConfigError(f"n_classes={n_classes}: a probe needs at least two classes to tell apart")
+        if intermediate_size == 0 or intermediate_size < -1:
+            raise ConfigError(f"intermediate_size={intermediate_size}: a width, or -1 for a linear probe")
+        if probe_vectors:
+            self._check()

@@ -106,14 +106,14 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         keep = along(item.keep, output)
-        y = output * keep
+        shift = None if bias is None else along(bias, output)
+        if shift is not None and item.bias_keep is not None:
+            shift = shift * along(item.bias_keep, output)
         if item.fill is not None:
             fill = item.fill.to(output.dtype)
-            y = y + (fill if fill.ndim > 1 else along(fill, output)) * (1 - keep)
-        if bias is None:
-            return y
-        shift = bias if item.bias_keep is None else bias * item.bias_keep.to(bias.dtype)
-        return y + along(shift, output)
+            fill = (fill if fill.ndim > 1 else along(fill, output)) * (1 - keep)
+            shift = fill if shift is None else fill + shift
+        return output * keep if shift is None else torch.addcmul(shift, output, keep)
 
     with ExitStack() as stack:
         if bias is not None:
@@ -169,7 +169,7 @@ def _whole(module: nn.Module, item: Intervention) -> Iterator[None]:
 
 @contextmanager
 def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-    """What an activation-space intervention would replace at each site, as the model runs: the place fills come from."""
+    """What an activation-space intervention would replace at each site, as the model runs: where fills come from."""
     seen: dict[str, Tensor] = {}
     handles: list[Any] = []
 

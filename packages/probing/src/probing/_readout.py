@@ -226,12 +226,12 @@ class ResidualUpdateModel(nn.Module):
         base = unwrap(model)
         _check_family(config.model_type, base)
         self.layouts = find_layout(base, config.target_layers, blocks=config.blocks, example=example)
-        self._tap = ReadoutTap(base, self.layouts, config.readouts())
+        self.tap = ReadoutTap(base, self.layouts, config.readouts())
         self.vector_cache: dict[str, Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped model, with whatever it takes, and return what it returns."""
-        with self._tap.open() as cache:
+        with self.tap.open() as cache:
             output = self.wrapped_model(*args, **kwargs)
         self.vector_cache = cache
         return output

@@ -1,7 +1,7 @@
 """Mask rules: how real-valued logits become a mask, soft while training and binary ever after.
 
-A rule is one small frozen dataclass with four answers: the initial logits, the training mask, the final binary mask, and
-the share of a unit that counts as kept. Add a rule by writing one class and naming it in `RULES`.
+A rule is one small frozen dataclass with four answers: the initial logits, the training mask, the final binary mask,
+and the share of a unit that counts as kept. Add a rule by writing one class and naming it in `RULES`.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ def find_sites(model: nn.Module, patterns: str | Sequence[str], unit: str = "neu
     Args:
         model: any torch model.
         patterns: exact dotted names, globs (``"transformer.h.0.attn.*"``) or ``"re:…"``.
-        unit: ``"weight"``; ``"neuron"`` (an output unit's incoming weights, the bias stays); ``"input"``; ``"head"`` (on
-            the attention's output projection); ``"module"`` (any module's output, all or nothing); ``"expert"`` (fused
-            expert tensors of mixture-of-experts layers).
+        unit: ``"weight"``; ``"neuron"`` (an output unit's incoming weights, the bias stays); ``"input"``; ``"head"``
+            (on the attention's output projection); ``"module"`` (any module's output, all or nothing); ``"expert"``
+            (fused expert tensors of mixture-of-experts layers).
 
     Raises:
         SiteError: a pattern matches nothing, or nothing that can carry such units; close matches are listed.

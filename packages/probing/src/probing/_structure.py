@@ -44,6 +44,10 @@ class BlockLayout:
     """Post-norm blocks: the module whose output is the stream between attention and MLP."""
     projection: str | None = None
     """The last linear map of the attention; its input is the concatenated head outputs."""
+    sources: tuple[str, str] = ("", "")
+    """The first modules to compute the attention and the MLP update; equal to `attn` and `mlp` up to dropout."""
+    width: int = 0
+    """Width of the residual stream."""
 
 
 @dataclass
@@ -100,6 +104,10 @@ def example_inputs(model: nn.Module, rows: int = 2, positions: int = 6) -> dict[
     vocabulary = getattr(text, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ReadoutError("the model's config names no vocab_size: pass example={...}, the arguments of one call")
+    longest = next(
+        (n for key in ("max_position_embeddings", "n_positions") if (n := getattr(text, key, None))), positions
+    )
+    positions = min(positions, longest)
     # Low ids are special tokens (padding shifts RoBERTa's positions), so draw from the upper half.
     ids = torch.randint(vocabulary // 2, vocabulary, (rows, positions), generator=draw).to(device)
     if getattr(config, "is_encoder_decoder", False):
@@ -193,6 +201,8 @@ def _layout_of(
         cross=cross[-1].path if cross else None,
         middle=middle,
         projection=_projection(attn, calls),
+        sources=(attn[0].path, mlp[0].path),
+        width=y.shape[-1],
     )
 
 

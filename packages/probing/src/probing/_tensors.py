@@ -49,6 +49,13 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
     return found if found is not None else first_tensor(kwargs.get("hidden_states"))
 
 
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another residual stream."""
+    if first_tensor(args) is not None:
+        return replace_first_tensor(args, new), kwargs
+    return args, {**kwargs, "hidden_states": new}
+
+
 def map_tensors(value: Any, change: Any) -> Any:
     """Apply ``change`` to every tensor in nested tuples, lists and dicts; leave other objects as they are."""
     if isinstance(value, Tensor):

@@ -1,0 +1,69 @@
+"""Attention for the probed positions alone: one query a row instead of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+class HeadRows(Exception):
+    """Carries head outputs of the probed positions, [R, heads·head_dim], out of a model that expects all of them."""
+
+    def __init__(self, heads: Tensor) -> None:
+        super().__init__("head outputs of the probed positions")
+        self.heads = heads
+
+
+@contextmanager
+def probed_queries(block: nn.Module, token_mask: Tensor) -> Iterator[None]:
+    """Inside, the first attention of ``block`` ends in `HeadRows`; all others compute as always.
+
+    Works for models that dispatch through transformers' attention interface with ``sdpa``; for others nothing happens.
+
+    Args:
+        block: the transformer block probed.
+        token_mask: [rows, positions], exactly one True a row.
+    """
+    inside = set(block.modules())
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    at = token_mask.int().argmax(1)
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
+        if module not in inside or special or kwargs.get("dropout"):
+            return plain(module, query, key, value, attention_mask, **kwargs)
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        raise HeadRows(_attend(query, key, value, attention_mask, at, bool(causal), kwargs.get("scaling")))
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, at: Tensor, causal: bool, scaling: float | None
+) -> Tensor:
+    rows, heads, positions, width = query.shape
+    own, seen = key.shape[1], key.shape[2]
+    each = torch.arange(rows, device=query.device)
+    q = query[each, :, at].view(rows, own, heads // own, width)  # [R, kv heads, group, d]
+    q = q * (width**-0.5 if scaling is None else scaling)
+    scores = torch.matmul(q, key.transpose(-1, -2))  # [R, kv heads, group, S]
+    if mask is not None:
+        shown = mask.expand(rows, -1, -1, -1)[each, :, at][..., :seen]  # [R, 1 | heads, S]
+        shown = shown.unsqueeze(1) if shown.shape[1] == 1 else shown.view(rows, own, heads // own, seen)
+        scores = scores.masked_fill(~shown, float("-inf")) if shown.dtype == torch.bool else scores + shown
+    elif causal and positions > 1:
+        future = torch.arange(seen, device=query.device) > (at + seen - positions)[:, None]
+        scores = scores.masked_fill(future[:, None, None], float("-inf"))
+    return torch.matmul(scores.softmax(-1), value).reshape(rows, heads * value.shape[-1])

@@ -1,0 +1,395 @@
+"""The frozen prefix, computed once: what the masks cannot change is cached, only the rest runs in the loop.
+
+Three savings, none of which may change a result:
+
+1. everything before the first masked block is cached as that block's (or sub-block's) arguments;
+2. inside, modules that no mask reaches – above all the products xW of the first masked layers – replay stored outputs;
+3. the rest runs on the probed positions only, where the layers involved work position by position.
+
+What is constant and what works position by position is not assumed but tried out on a few rows, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from probing._attention import HeadRows, probed_queries
+from probing._data import ProbeData, take
+from probing._errors import SiteError
+from probing._intervene import Intervention, intervened
+from probing._sites import Site
+from probing._tensors import first_tensor, hidden_states, map_tensors, with_hidden
+
+if TYPE_CHECKING:
+    from probing._circuit import SiteMask
+    from probing._probes import _Probe
+
+
+class _Stop(Exception):
+    """The readout has been seen; the rest of the model need not run."""
+
+
+_Selection = Literal["root", "queries", "source", None]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class FullModel:
+    """The slow way: the whole model, every time. `Prefix` must agree with it."""
+
+    def __init__(self, probe: _Probe[Any], data: ProbeData) -> None:
+        self.probe, self.data = probe, data
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Readout vectors of these rows under the current masks, [R, d]."""
+        inputs = take(self.data.inputs, rows)
+        return self.probe.vectors(self.data.token_mask[rows], **inputs)
+
+
+class Prefix:
+    """Readout vectors from a cached prefix.
+
+    >>> prefix = Prefix(probe, data)  # doctest: +SKIP
+    >>> prefix.vectors(torch.arange(500)).shape  # doctest: +SKIP
+    torch.Size([500, 768])
+
+    Args:
+        probe: whose masks and readout.
+        data: the rows that will be asked for; at least three, to tell row axes from others.
+        batch_size: rows at a time while the cache is filled.
+
+    Raises:
+        SiteError: a mask that the readout cannot see, or one before the blocks.
+    """
+
+    def __init__(self, probe: _Probe[Any], data: ProbeData, batch_size: int = 256) -> None:
+        self.probe, self.data = probe, data
+        self._modules = dict(probe.base.named_modules())
+        self._sites: list[Site] = [cast("SiteMask", mask).site for mask in probe.circuit.site_masks]
+        self._chain, self._source = self._find_chain()
+        self._selects: _Selection = None
+        self._selects = self._find_selection()
+        self._fixed = self._find_fixed()
+
+        rows = torch.arange(len(data))
+        entries = (self._entries(2), self._entries(3))
+        parts = rows.split(batch_size)
+        small = [self._enter(rows[:size]) for size in (2, 3)]
+        self._calls = _joined([self._enter(part) for part in parts], small[0], small[1], entries)
+        ones = [Intervention(site, torch.ones(site.shape, device=self._device(site))) for site in self._sites]
+
+        def constants(part: Tensor) -> dict[str, Any]:
+            outputs = self._outputs(part, ones) if self._fixed else {}
+            return {path: outputs[path] for path in self._fixed}
+
+        raw = [constants(part) for part in (*parts, rows[:2], rows[:3])]
+        self._stored = _joined(raw[:-2], raw[-2], raw[-1], entries)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory held by the cache."""
+        total = 0
+
+        def count(rows: Tensor) -> Tensor:
+            nonlocal total
+            total += rows.numel() * rows.element_size()
+            return rows
+
+        _map_rows((self._calls, self._stored), count)
+        return total
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Readout vectors of these rows under the current masks, [R, d]."""
+        index = self.data.positions_of(rows) if self._selects == "root" else rows
+        index = index.to(self.data.token_mask.device)
+        with self.probe.circuit.applied(), ExitStack() as stack:
+            for path, value in _map_rows(self._stored, lambda stored: stored[index]).items():
+                stack.enter_context(_forward(self._modules[path], lambda *_, value=value, **__: value))
+            return self._run(_map_rows(self._calls, lambda stored: stored[index]), rows)
+
+    # Where the masks and the readout are
+
+    def _find_chain(self) -> tuple[list[str], str | None]:
+        """The smallest module around all masks and the readout, or block after block if they are in several; and the
+        module whose first output is the readout, where there is one.
+        """
+        readout = self.probe.readout
+        layout = next(entry for entry in self.probe.wrapped_model.layouts if entry.index == readout.layer)
+        source = {"attn_update": layout.sources[0], "mlp_update": layout.sources[1]}.get(readout.kind)
+        stack = layout.path.rpartition(".")[0] + "."
+        paths = [*(site.path for site in self._sites), source or layout.path]
+        for path in paths:
+            if not path.startswith(stack):
+                raise SiteError(
+                    f"{path!r} lies outside the blocks {stack[:-1]!r}, so no prefix can be cached; pass cache=False"
+                )
+        blocks = [int(path.removeprefix(stack).split(".")[0]) for path in paths]
+        if max(blocks) > layout.index:
+            late = paths[blocks.index(max(blocks))]
+            raise SiteError(f"{late!r} lies behind the readout {readout.key!r}, so its mask could not be trained")
+        if min(blocks) == layout.index:
+            return [_common(paths)], source
+        return [f"{stack}{index}" for index in range(min(blocks), layout.index + 1)], source
+
+    def _device(self, site: Site) -> torch.device:
+        return next(self._modules[site.path].parameters()).device
+
+    def _entries(self, rows: int) -> int:
+        return len(self.data.positions_of(torch.arange(rows))) if self._selects == "root" else rows
+
+    # Running the chain
+
+    @torch.no_grad()
+    def _enter(self, rows: Tensor) -> list[_Arguments]:
+        """Arguments of each module in the chain, for these rows; the base model runs only that far."""
+        calls: dict[str, _Arguments] = {}
+
+        def remember(path: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                kept = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+                calls[path] = map_tensors((args, kept), torch.clone)
+                if path == self._chain[-1]:
+                    raise _Stop
+
+            return hook
+
+        with ExitStack() as stack:
+            for path in self._chain:
+                hook = self._modules[path].register_forward_pre_hook(remember(path), with_kwargs=True)
+                stack.callback(hook.remove)
+            with suppress(_Stop):
+                self.probe.base(**take(self.data.inputs, rows))
+        if self._chain[-1] not in calls:
+            raise SiteError(
+                f"{self._chain[-1]!r} is not called by this model on this data: no mask there can be trained"
+            )
+        found = [calls[path] for path in self._chain]
+        if self._selects == "root":
+            found[0] = self._probed_only(found[0], rows)
+        return found
+
+    def _probed_only(self, call: _Arguments, rows: Tensor) -> _Arguments:
+        given = hidden_states(*call)
+        assert given is not None
+        return with_hidden(*call, given[self.data.token_mask[rows]][:, None])
+
+    def _run(self, calls: list[_Arguments], rows: Tensor) -> Tensor:
+        """The chain under whatever masks are installed: the readout at the probed positions of these rows, [R, d]."""
+        mask, readout = self.data.token_mask[rows], self.probe.readout
+        found: Tensor | None = None
+
+        def stop(_: nn.Module, args: Any, out: Any) -> None:
+            nonlocal found
+            found = first_tensor(out)
+            raise _Stop
+
+        with ExitStack() as stack:
+            cache = {} if self._source else stack.enter_context(self.probe.wrapped_model.tap.open())
+            if self._source:
+                module = self._modules[self._source]
+                stack.callback(module.register_forward_hook(stop).remove)
+                if self._selects == "source":
+                    inner = module.forward
+                    stack.enter_context(_forward(module, lambda x: inner(x[mask])))
+                if self._selects == "queries":
+                    stack.enter_context(probed_queries(self._block(), mask))
+            hidden: Tensor | None = None
+            try:
+                for path, call in zip(self._chain, calls):
+                    args, kwargs = call if hidden is None else with_hidden(*call, hidden)
+                    hidden = first_tensor(self._modules[path](*args, **kwargs))
+            except _Stop:
+                pass
+            except HeadRows as reached:
+                with suppress(_Stop):
+                    self._modules[str(self._source)](reached.heads)
+        found = cache[readout.key] if found is None else found
+        if self._selects == "root":
+            found = found[:, 0]
+        elif self._selects is None:
+            found = found.reshape(*mask.shape, *found.shape[found.ndim - 1 :])[mask] if found.ndim < 4 else found[mask]
+        return found.flatten(1)
+
+    # Trying out what is constant and what works position by position
+
+    def _few(self) -> Tensor:
+        return torch.arange(3)
+
+    def _block(self) -> nn.Module:
+        readout = self.probe.readout
+        layout = next(entry for entry in self.probe.wrapped_model.layouts if entry.index == readout.layer)
+        return self._modules[layout.path]
+
+    def _random(self, seed: int) -> list[Intervention]:
+        draw = torch.Generator().manual_seed(seed)
+        return [Intervention(s, torch.rand(s.shape, generator=draw).to(self._device(s))) for s in self._sites]
+
+    @torch.no_grad()
+    def _find_selection(self) -> _Selection:
+        """Whether the whole chain, or at least the readout's module, may run on the probed positions alone."""
+        if self._source is None:
+            return None
+        rows = self._few()
+        with intervened(self.probe.base, self._random(0)):
+            expected = self._run(self._enter(rows), rows)
+            for choice in ("root", "queries", "source"):
+                self._selects = choice
+                try:
+                    if choice == "root" and not self._one_tensor(rows):
+                        continue
+                    if choice == "queries" and not bool((self.data.counts == 1).all()):
+                        continue
+                    found = self._run(self._enter(rows), rows)
+                except (RuntimeError, ValueError, IndexError, TypeError):
+                    continue  # a layer that insists on whole sequences
+                finally:
+                    self._selects = None
+                if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
+                    return choice
+        return None
+
+    def _one_tensor(self, rows: Tensor) -> bool:
+        if len(self._chain) > 1:
+            return False
+        self._selects = None
+        ((args, kwargs),) = self._enter(rows)
+        self._selects = "root"
+        count = 0
+
+        def seen(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return tensor
+
+        map_tensors((args, kwargs), seen)
+        given = hidden_states(args, kwargs)
+        return count == 1 and given is not None and given.shape[:2] == self.data.token_mask[rows].shape
+
+    @torch.no_grad()
+    def _find_fixed(self) -> list[str]:
+        """Topmost modules with parameters whose raw output no mask changes: they will replay what they once gave."""
+        first, second = (self._outputs(self._few(), self._random(seed)) for seed in (0, 1))
+        for site in self._sites:
+            if site.path not in first:
+                raise SiteError(
+                    f"{site.path!r} is not called exactly once on the way to {self.probe.readout.key!r}, so its mask "
+                    "cannot be trained from a cache; unmask it or pass cache=False"
+                )
+        fixed: list[str] = []
+        for path in sorted(first, key=lambda p: p.count(".")):
+            module = self._modules[path]
+            own = [site for site in self._sites if site.path == path]
+            if (
+                path not in self._chain[1:]
+                and next(module.parameters(), None) is not None
+                and not any(path.startswith(f"{other}.") for other in fixed)
+                and not any(site.path.startswith(f"{path}.") for site in self._sites)
+                and all(site.unit in ("neuron", "module") for site in own)
+                and not (path == self._source and self._selects in ("source", "queries"))
+                and _same(first[path], second.get(path))
+            ):
+                fixed.append(path)
+        return fixed
+
+    @torch.no_grad()
+    def _outputs(self, rows: Tensor, interventions: list[Intervention]) -> dict[str, Any]:
+        """Raw outputs of all modules called once in the chain, before the masks on them."""
+        seen: dict[str, Any] = {}
+        twice: set[str] = set()
+
+        def watch(path: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: Any, out: Any) -> None:
+                if path in seen:
+                    twice.add(path)
+                seen[path] = map_tensors(out, torch.clone)
+
+            return hook
+
+        calls = self._enter(rows)
+        with intervened(self.probe.base, interventions), ExitStack() as stack:
+            for root in self._chain:
+                for name, module in self._modules[root].named_modules():
+                    hook = watch(f"{root}.{name}" if name else root)
+                    stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+            self._run(calls, rows)
+        return {path: out for path, out in seen.items() if path not in twice}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A stored tensor whose first axis runs over rows (or probed positions) of the data.
+
+    Some models fold another axis into the first (positions in OPT, heads in Bloom's alibi): ``fold`` entries a row,
+    kept here as an axis of its own.
+    """
+
+    tensor: Tensor
+    fold: int = 1
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The changed tensor, folded as the model has it."""
+        changed = change(self.tensor)
+        return changed if self.fold == 1 else changed.flatten(0, 1)
+
+
+def _joined(parts: Sequence[Any], two: Any, three: Any, entries: tuple[int, int]) -> Any:
+    """One tree from the trees of several batches; which tensors have a row axis shows in batches of two and three."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        fold, rest = divmod(two.shape[0] if first.ndim else 0, entries[0])
+        if rest or not fold or three.shape[0] != fold * entries[1]:
+            return first
+        stacked = torch.cat(list(parts))
+        return _Rows(stacked if fold == 1 else stacked.unflatten(0, (-1, fold)), fold)
+    if isinstance(first, tuple | list):
+        items = [_joined(column, a, b, entries) for *column, a, b in zip(*parts, two, three)]
+        return tuple(items) if isinstance(first, tuple) else items
+    if isinstance(first, dict):
+        return {key: _joined([p[key] for p in parts], two[key], three[key], entries) for key in first}
+    return first
+
+
+def _map_rows(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, _Rows):
+        return tree.map(change)
+    if isinstance(tree, tuple):
+        return tuple(_map_rows(item, change) for item in tree)
+    if isinstance(tree, list):
+        return [_map_rows(item, change) for item in tree]
+    if isinstance(tree, dict):
+        return {key: _map_rows(item, change) for key, item in tree.items()}
+    return tree
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, tuple | list):
+        return isinstance(b, tuple | list) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return a is None and b is None
+
+
+def _common(paths: Sequence[str]) -> str:
+    parts = [path.split(".") for path in paths]
+    shared = []
+    for names in zip(*parts):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+@contextmanager
+def _forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+    """``module`` computes something else while the context lasts; its hooks still run."""
+    module.forward = replacement  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
