@@ -26,8 +26,8 @@ class LanguageModel:
         name: what it was loaded from.
         model: the whole model, in eval mode.
         base: everything before the output embedding; module names are relative to it.
-        fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head applied
-            to the base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
+        fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head of the
+            base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
     """
 
     name: str
@@ -100,15 +100,23 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
         ModelError: nothing there, no causal language model, or weights that are not finite.
     """
     _require_model_name(name)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_DTYPES[precision], revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=_DTYPES[precision], revision=revision or "main", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
-    return LanguageModel.wrap(model.to(pick_device(device)), name)
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the model {name!r} lacks {len(missing)} of the weights its config.json asks for, the first is {missing[0]}: "
+            "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
+        )
+    return LanguageModel.wrap(_moved(model, device), name)
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:
@@ -117,9 +125,12 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no tokenizer in {name!r}: {_first_line(error)} (--tokenizer names another)") from error
+    if not tokenizer.vocab_size:  # transformers 5 makes an empty one where the files are missing
+        raise ModelError(f"no tokenizer in {name!r}: its vocabulary is empty (--tokenizer names another)")
+    return tokenizer
 
 
 def pick_device(device: str) -> torch.device:
@@ -130,6 +141,13 @@ def pick_device(device: str) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"no device {device!r}: {_first_line(error)}") from error
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    try:
+        return model.to(pick_device(device))
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        raise ModelError(f"the model cannot be moved to device {device!r}: {_first_line(error)}") from error
 
 
 def _require_model_name(name: str) -> None:
