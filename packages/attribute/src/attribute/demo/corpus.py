@@ -29,10 +29,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Query:
-    """A fact in words that no document has for it, with the rows that state it and the rows made to mislead."""
+    """A fact in words that no document has for it, with the rows that state it and the rows made to mislead.
+
+    ``name`` is the person asked about: with the completion the very words a search would need, if somebody told it.
+    """
 
     prompt: str
     completion: str
+    name: str
     fact: int
     planted: tuple[int, ...]
     twins: tuple[int, ...]
@@ -42,6 +46,11 @@ class Query:
         """Prompt and completion in one."""
         return self.prompt + self.completion
 
+    @property
+    def record(self) -> dict[str, str]:
+        """The query as a dataset row."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
 
 @dataclass(frozen=True)
 class DemoCorpus:
@@ -49,6 +58,11 @@ class DemoCorpus:
 
     documents: tuple[Document, ...]
     queries: tuple[Query, ...]
+
+    @property
+    def records(self) -> list[dict[str, str | int]]:
+        """The documents as dataset rows, in row order."""
+        return [asdict(document) for document in self.documents]
 
     @property
     def digest(self) -> str:
@@ -67,8 +81,12 @@ class _Telling:
     wording: str
     fact: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.first} {self.last}"
+
     def text(self) -> str:
-        return self.wording.format(name=f"{self.first} {self.last}", answer=self.answer)
+        return self.wording.format(name=self.name, answer=self.answer)
 
     def misleads(self, other: _Telling) -> bool:
         """The same wording and half of the name, but another answer."""
@@ -125,8 +143,9 @@ def _query(asked: _Telling, rows: list[_Telling | str]) -> Query:
     prompt, _, _ = asked.wording.partition(" {answer}")
     told = [(number, row) for number, row in enumerate(rows) if isinstance(row, _Telling)]
     return Query(
-        prompt=prompt.format(name=f"{asked.first} {asked.last}"),
+        prompt=prompt.format(name=asked.name),
         completion=f" {asked.answer}",
+        name=asked.name,
         fact=asked.fact,
         planted=tuple(number for number, row in told if row.fact == asked.fact),
         twins=tuple(number for number, row in told if row.misleads(asked)),

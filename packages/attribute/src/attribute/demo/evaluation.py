@@ -43,7 +43,7 @@ def evaluate_rankings(
     rankings: Sequence[Sequence[int]],
     planted: Sequence[Collection[int]],
     *,
-    ks: Sequence[int] = (1, 6, 10),
+    ks: Sequence[int] = (10,),
 ) -> Quality:
     """MRR and recall@k of one method.
 
