@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from gradstore import GradientStore, InvalidInput, StoreWriter, scores, search
 
@@ -48,8 +51,8 @@ def test_search_equals_the_reference(tmp_path, make, write, dtype, metric, modul
     queries[rng.random(len(queries)) < 0.2] = 0
     for k in (0, 1, 5, count, count + 3):
         expected = reference(store, queries, k, metric, modules)
-        for block_rows in (None, 7, 64):
-            got = search(store, queries, k, metric=metric, modules=modules, block_rows=block_rows)
+        for block_rows, threads in ((None, None), (7, 3), (64, 1)):
+            got = search(store, queries, k, metric=metric, modules=modules, block_rows=block_rows, threads=threads)
             assert_same(got, expected)
     full = scores(store, queries, metric=metric, modules=modules)
     top, values, _, _ = reference(store, queries, count, metric, modules)
@@ -151,6 +154,7 @@ def test_a_partial_store_is_searched_as_far_as_it_goes(tmp_path, arrays, plan):
         (np.ones((1, 12)), {"modules": "a"}, "modules must be"),
         (np.ones((1, 12)), {"k": -1}, "k is -1"),
         (np.ones((1, 12)), {"block_rows": 0}, "block_rows is 0"),
+        (np.ones((1, 12)), {"threads": 0}, "threads is 0"),
         (np.ones((1, 12)), {"bits": 2}, "bits is 2, but the store holds fp32: leave it out"),
         (np.ones((1, 12)), {"candidates": 9}, "candidates is 9; it goes with `bits`"),
     ],
@@ -187,3 +191,18 @@ def test_bits_must_be_fewer_than_the_store_has(tmp_path, make, write):
     for bits in (0, 3, 8):
         with pytest.raises(InvalidInput, match=rf"bits is {bits}, but the store holds int4: one of \[1, 2\]"):
             search(store, np.ones((1, 8), np.float32), 1, bits=bits)
+
+
+def test_blas_gets_its_threads_back(store):
+    def limits():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    before = limits()
+    assert before
+    search(store, np.ones((1, 12), np.float32), 1)
+    with pytest.raises(InvalidInput):
+        search(store, np.full((1, 12), 3e38, np.float32), 1)
+    with ThreadPoolExecutor(4) as pool:  # overlapping searches share the limit
+        results = list(pool.map(lambda _: search(store, np.ones((1, 12), np.float32), 5), range(20)))
+    assert all((result.top_rows == results[0].top_rows).all() for result in results)
+    assert limits() == before

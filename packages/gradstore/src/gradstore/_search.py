@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from gradstore._encodings import F32
 from gradstore._errors import InvalidInput
 from gradstore._store import Block, GradientStore
+from gradstore._threads import cores, in_order, one_blas_thread
 
 Metric = Literal["dot", "cos"]
 F64 = NDArray[np.float64]
@@ -50,6 +52,7 @@ def search(
     bits: int | None = None,
     candidates: int | None = None,
     block_rows: int | None = None,
+    threads: int | None = None,
 ) -> SearchResult:
     """The k rows with the highest and the k rows with the lowest score for each query, in one sweep.
 
@@ -67,6 +70,7 @@ def search(
         candidates: With `bits`: take this many rows per query and side from the coarse scan and rank them again with
             all planes. Without it the coarse scores themselves are returned.
         block_rows: Rows per GEMM; changes the speed, never the result.
+        threads: Blocks worked on at once; default: the cores this process may use. Never changes the result.
 
     Scores are float64 sums rounded to float32. Equal ones are ordered by the lower row number, on both sides.
     """
@@ -77,7 +81,7 @@ def search(
     scorer = _Scorer(store, queries, metric, modules, bits)
     wanted = k if candidates is None else candidates
     top, bottom = _Best(len(queries), wanted), _Best(len(queries), wanted)
-    for start, block in scorer.sweep(block_rows):
+    for start, block in scorer.sweep(block_rows, threads):
         exact = block.exact
         top.add(start, block.scores, block.errors, exact)
         bottom.add(start, -block.scores, block.errors, lambda query, rows, exact=exact: -exact(query, rows))
@@ -95,6 +99,7 @@ def scores(
     metric: Metric = "dot",
     modules: Sequence[str] | None = None,
     block_rows: int | None = None,
+    threads: int | None = None,
 ) -> F32:
     """Every score, float32 [q, rows], straight from the float32 GEMM; arguments as in `search`.
 
@@ -105,7 +110,7 @@ def scores(
     """
     scorer = _Scorer(store, queries, metric, modules)
     out = np.full((len(queries), store.rows), np.nan, np.float32)
-    for start, block in scorer.sweep(block_rows):
+    for start, block in scorer.sweep(block_rows, threads):
         out[:, start : start + block.scores.shape[1]] = block.scores
     return out
 
@@ -147,14 +152,20 @@ class _Scorer:
         self._relative = (4 * width**0.5 + 8) * 2.0**-24
         self._step = max(16, _BLOCK_BYTES // (4 * max(width, 1)))
 
-    def sweep(self, block_rows: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
-        """First row and scores of one block after the other."""
+    def sweep(self, block_rows: int | None, threads: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
+        """First row and scores of one block after the other, in row order."""
         if block_rows is not None and block_rows < 1:
             raise InvalidInput(f"block_rows is {block_rows}; a block has 1 row or more.")
+        if threads is not None and threads < 1:
+            raise InvalidInput(f"threads is {threads}; a search needs 1 or more.")
         step = block_rows or self._step
-        for shard in self._store.sweep():
-            for start in range(shard.start, shard.stop, step):
-                yield start, self._score(shard.cut(start, min(start + step, shard.stop)))
+        blocks = (
+            shard.cut(start, min(start + step, shard.stop))
+            for shard in self._store.sweep()
+            for start in range(shard.start, shard.stop, step)
+        )
+        with one_blas_thread():
+            yield from in_order((partial(self._score, block) for block in blocks), threads or cores())
 
     def exact(self, query: int, rows: I64) -> F32:
         """Exact scores of rows from anywhere in the store."""
@@ -174,7 +185,7 @@ class _Scorer:
             dot *= scale
         return dot.astype(np.float32)
 
-    def _score(self, block: Block) -> _ScoredBlock:
+    def _score(self, block: Block) -> tuple[int, _ScoredBlock]:
         values, scale = block.values(self._modules, self._bits), block.scale
         # the stored norm is that of whole rows with all their bits
         norm = block.norm if self._modules is None and self._bits is None else _norms(values, scale)
@@ -196,7 +207,7 @@ class _Scorer:
         def exact(query: int, rows: I64) -> F32:
             return self._exact_scores(query, values[rows], None if scale is None else scale[rows])
 
-        return _ScoredBlock(result, errors.astype(np.float32), exact)
+        return block.start, _ScoredBlock(result, errors.astype(np.float32), exact)
 
 
 def _check_bits(store: GradientStore, bits: int | None) -> int | None:

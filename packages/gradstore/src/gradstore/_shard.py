@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -70,6 +71,13 @@ def map_file(store: Path, entry: Entry, *, verify: bool) -> mmap.mmap:
             "Restore the file from a copy, or rebuild the store."
         )
     return view
+
+
+def read_ahead(path: Path) -> None:
+    """Ask the kernel to fetch a file while the one before it is worked on."""
+    if hasattr(os, "posix_fadvise") and path.exists():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def shard_tensors(view: mmap.mmap, path: Path) -> dict[str, NDArray[np.generic]]:

@@ -17,7 +17,7 @@ from gradstore._encodings import F32, Layout, Stored
 from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
 from gradstore._journal import read_journal
 from gradstore._manifest import SIDE_DTYPES, load_manifest
-from gradstore._shard import map_file, shard_tensors
+from gradstore._shard import map_file, read_ahead, shard_tensors
 from gradstore._writer import shard_file
 
 _MAPPED_FILES = 16  # kept open for row-wise access; a sweep keeps one
@@ -164,7 +164,10 @@ class GradientStore:
 
     def sweep(self) -> Iterator[Block]:
         """Every shard that is there, in order, as one block each; one is mapped at a time, so memory stays flat."""
-        for shard, _, _ in self.shards:
+        shards = [shard for shard, _, _ in self.shards]
+        for shard, following in zip(shards, [*shards[1:], None]):
+            if following is not None:
+                read_ahead(self.path / shard_file(following))
             yield self._shard_block(shard, keep=False)
 
     def one(self, index: int) -> Block:
