@@ -46,6 +46,8 @@ class DataConfig:
             raise AttributionError("--truncation throws away what --chunk-length would keep: choose one of them")
         if self.chunk_length == 1 or self.chunk_length < 0:
             raise AttributionError(f"--chunk-length must be 0 or at least 2 tokens, not {self.chunk_length}")
+        if self.max_tokens < 0:
+            raise AttributionError(f"--max-tokens must be 0 (all) or positive, not {self.max_tokens}")
         if self.conversation_column and self.completion_column:
             raise AttributionError("--conversation-column and --completion-column exclude each other")
 
@@ -92,6 +94,8 @@ class IndexConfig:
         _require("store-dtype", self.store_dtype, STORE_DTYPES)
         if self.projection_dim < 0:
             raise AttributionError(f"--projection-dim must be 0 (no sketch) or positive, not {self.projection_dim}")
+        if self.rows_per_shard < 0:
+            raise AttributionError(f"--rows-per-shard must be 0 (by size) or positive, not {self.rows_per_shard}")
         if self.token_batch_size < 1:
             raise AttributionError(f"--token-batch-size must be positive, not {self.token_batch_size}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from attribute._errors import DataError, RunError
+from attribute._errors import DataError
+from attribute._run import (
+    is_begun,
+    refuse_finished,
+    remove_run,
+    require_same_inputs,
+    require_same_options,
+    scratch_beside,
+)
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.engine import RowBlock, run_pass
@@ -18,8 +25,6 @@ from attribute.model import LanguageModel, load_model, load_tokenizer
 from attribute.progress import Progress, Quiet
 from gradcore import CapturePlan, coverage
 from gradstore import GradientStore, StoreWriter
-
-_MANIFEST = "manifest.json"
 
 
 def build_index(
@@ -81,21 +86,20 @@ def collect_gradients(
     """
     progress, config, path = progress or Quiet(), config or IndexConfig(), Path(path)
     refuse_finished(path, overwrite)
+    if is_begun(path) and not overwrite:
+        require_same_options(path, config)
     language_model = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     source = data if isinstance(data, Source) else source_of(data)
     plan = language_model.plan(config)
     _announce(language_model, plan, progress)
 
-    scratch = path.with_name(path.name + ".tokens")
-    try:
+    with scratch_beside(path) as scratch:
         tokens, records = _tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
-            _remove_run(path)
+            remove_run(path)
         with _writer(path, tokens, plan, config) as writer:
             writer.write_data(records())
             _collect(writer, language_model, tokens, plan, config, progress)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return GradientStore.open(path)
 
 
@@ -113,25 +117,6 @@ def source_of(data: Any, name: str = "data") -> Source:
     return Source(name, tuple(records[0]), len(records), lambda: iter([records]))
 
 
-def refuse_finished(path: str | Path, overwrite: bool) -> None:
-    """Raise :class:`RunError` early where a run could not be written, before anything is loaded."""
-    path = Path(path)
-    if path.is_file():
-        raise RunError(f"{path} is a file, not a run folder")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not (path / _MANIFEST).exists():
-        raise RunError(f"{path} is not empty and holds no run: choose another folder")
-    if not overwrite and GradientStore.open(path, partial=True).complete:
-        raise RunError(f"{path} holds a finished run already: --overwrite replaces it")
-
-
-def _remove_run(path: Path) -> None:
-    """Delete a run; refuse_finished has made sure that it is one."""
-    if path.exists():
-        shutil.rmtree(path)
-
-
 def _tokenise(
     scratch: Path, source: Source, tokenizer: Any, config: IndexConfig, model: LanguageModel, progress: Progress
 ) -> tuple[TokenFile, Any]:
@@ -141,8 +126,12 @@ def _tokenise(
     def rows() -> Iterator[Row]:
         return rows_of(source, tokenizer, config.data, model.context)
 
+    without_loss = 0
+
     def counted(found: Iterable[Row]) -> Iterator[Row]:
+        nonlocal without_loss
         for row in found:
+            without_loss += not row.labelled.any()
             yield row
             progress.advance(1)
 
@@ -151,11 +140,13 @@ def _tokenise(
     progress.stop()
     if not len(tokens):
         raise DataError(f"{source.name} has no rows")
-    lengths = tokens.lengths
-    if (short := int((lengths < 2).sum())) == len(tokens):
-        raise DataError(f"all {short} rows of {source.name} have fewer than 2 tokens: none has a loss")
-    if short:
-        progress.note(f"{short} of {len(tokens)} rows have fewer than 2 tokens: kept, with zero gradient")
+    if without_loss == len(tokens):
+        raise DataError(
+            f"none of the {len(tokens)} rows of {source.name} has a token with a loss: each has fewer than 2 tokens, "
+            "or no completion (within the model's context)"
+        )
+    if without_loss:
+        progress.note(f"{without_loss} of {len(tokens)} rows have no token with a loss: kept, with zero gradient")
     return tokens, lambda: (row.record for row in rows())
 
 
@@ -186,7 +177,8 @@ def _left_out(left_out: Iterable[Any], head: int) -> str:
 
 def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig) -> StoreWriter:
     identity = {"capture": plan.to_dict(), "tokens": tokens.digest, "token_batch_size": config.token_batch_size}
-    if (path / _MANIFEST).exists():
+    if is_begun(path):
+        require_same_inputs(path, config, weights=plan.model, tokens=tokens.digest)
         return StoreWriter.resume(path, plan=identity)
     return StoreWriter.create(
         path,

@@ -106,14 +106,15 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
 
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=_DTYPES[precision], revision=revision or "main", output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"the model {name!r} lacks {len(missing)} of the weights its config.json asks for, the first is {missing[0]}: "
+            f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
     return LanguageModel.wrap(_moved(model, device), name)

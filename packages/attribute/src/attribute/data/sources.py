@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+_SPLIT_IN_NAME = re.compile(r"(?:^|[^a-zA-Z])(train|validation|valid|val|dev|test|eval)(?=$|[^a-zA-Z])", re.IGNORECASE)
 _BATCH = 1000
 
 
@@ -55,9 +56,9 @@ def open_source(config: DataConfig) -> Source:
     if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
         source = _from_disk(path, config)
     elif path.is_dir():
-        source = _from_files(_files_in(path), config, arguments)
+        source = _from_files(_of_split(_files_in(path), config), config, arguments)
     elif path.is_file():
-        source = _from_files([path], config, arguments)
+        source = _from_files(_of_split([path], config), config, arguments)
     elif _looks_like_path(config.dataset):
         raise DataError(f"there is no file or folder {config.dataset!r}")
     else:
@@ -92,12 +93,34 @@ def _files_in(folder: Path) -> list[Path]:
     raise DataError(f"the folder {folder} holds none of {', '.join('*' + each for each in _SUFFIXES)}")
 
 
+def _of_split(files: list[Path], config: DataConfig) -> list[Path]:
+    """The files whose names speak of the split (``train.jsonl``, ``test-00000-of-00002.parquet``).
+
+    Where no name speaks of any split, and for a file given by itself, all is ``train``.
+    """
+    wanted = config.split.partition("[")[0]
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        if match := _SPLIT_IN_NAME.search(file.stem):
+            splits.setdefault(match[1].lower(), []).append(file)
+    if not splits or (len(files) == 1 and wanted == "train"):
+        splits = {"train": files}
+    if wanted not in splits:
+        raise DataError(f"{config.dataset} has no split {wanted!r}; it has {', '.join(sorted(splits))} (--split)")
+    return splits[wanted]
+
+
 def _from_files(files: list[Path], config: DataConfig, arguments: dict[str, Any]) -> Source:
     import pyarrow as pa
 
+    if config.subset:
+        raise DataError(f"--subset {config.subset} is for datasets of the hub, {config.dataset} is local")
+    known = {"sample_by"} if files[0].suffix == ".txt" else set[str]()
+    if unknown := sorted(set(arguments) - known):
+        raise DataError(f"--data-args: reading {files[0].suffix} takes no {unknown[0]!r} (txt takes sample_by)")
     try:
         table = pa.concat_tables([_read(file, arguments) for file in files], promote_options="default")
-    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, ValueError) as error:  # broken JSON and UTF-8 are ValueErrors
         raise DataError(f"{config.dataset} cannot be read: {error}") from error
     start, stop = _slice(config.split, table.num_rows)
     table = table.slice(start, stop - start)
@@ -116,21 +139,32 @@ def _read(file: Path, arguments: dict[str, Any]) -> pa.Table:
         import pyarrow.parquet as parquet
 
         return parquet.read_table(file, memory_map=True)
-    if file.suffix == ".csv":
-        import pyarrow.csv as csv
-
-        return csv.read_csv(file)
     if file.suffix == ".txt":
         return pa.table({"text": _texts(file.read_text(encoding="utf-8"), arguments.get("sample_by", "line"))})
     if file.stat().st_size == 0:
         return pa.table({})
+    if file.suffix == ".csv":
+        import pyarrow.csv as csv
+
+        # Quoted texts have line breaks in them.
+        return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True))
     with file.open(encoding="utf-8") as stream:
         if file.suffix == ".json" and stream.read(4096).lstrip().startswith("["):
             stream.seek(0)
-            return pa.Table.from_pylist(json.load(stream))
+            return _table_of(json.load(stream), file)
     import pyarrow.json as arrow_json
 
     return arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=1 << 26))
+
+
+def _table_of(records: list[Any], file: Path) -> pa.Table:
+    import pyarrow as pa
+
+    if wrong := next((each for each in records if not isinstance(each, dict)), None):
+        raise DataError(f'{file} is a list of {type(wrong).__name__}, not of records such as {{"text": …}}')
+    # pyarrow would take the first record's columns for those of all.
+    names = dict.fromkeys(name for record in records for name in record)
+    return pa.table({name: [record.get(name) for record in records] for name in names})
 
 
 def _texts(text: str, sample_by: str) -> list[str]:
@@ -161,7 +195,12 @@ def _slice(split: str, rows: int) -> tuple[int, int]:
 def _from_disk(path: Path, config: DataConfig) -> Source:
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    if config.data_args or config.subset:
+        raise DataError(f"--data-args and --subset are for datasets of the hub: {path} was saved by save_to_disk")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises a dozen unrelated types here
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     name = config.split.partition("[")[0]
     if isinstance(loaded, datasets.DatasetDict):
         if name not in loaded:
@@ -179,7 +218,7 @@ def _from_hub(config: DataConfig, arguments: dict[str, Any]) -> Source:
     except Exception as error:  # datasets raises a dozen unrelated types here
         raise DataError(
             f"the dataset {config.dataset!r} is neither a local file or folder nor one that the hub gave: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     return of_dataset(config.dataset, loaded)
 
@@ -192,3 +231,7 @@ def of_dataset(name: str, dataset: Any) -> Source:
             yield table.to_pylist()
 
     return Source(name, tuple(dataset.column_names), len(dataset), batches)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

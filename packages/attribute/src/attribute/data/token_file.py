@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,7 +78,7 @@ class TokenFileWriter:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lengths: list[int] = []
-        with (self.folder / "ids.bin").open("wb") as ids, (self.folder / "labelled.bin").open("wb") as labelled:
+        with self._created("ids.bin") as ids, self._created("labelled.bin") as labelled:
             pending: list[Row] = []
             size = 0
             for row in rows:
@@ -89,13 +90,15 @@ class TokenFileWriter:
                     self._flush(pending, ids, labelled)
                     pending, size = [], 0
             self._flush(pending, ids, labelled)
-        np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype("<i8").tofile(self.folder / "offsets.bin")
+        with self._created("offsets.bin") as offsets:
+            self._append(offsets, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype("<i8"))
         digest = hashlib.sha256()
         for name in ("ids.bin", "labelled.bin", "offsets.bin"):
             with (self.folder / name).open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         meta = {"dtype": self._dtype, "rows": len(lengths), "digest": digest.hexdigest()}
-        (self.folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+        with self._created(_META) as stream:
+            self._append(stream, np.frombuffer(json.dumps(meta).encode(), dtype="u1"))
         return TokenFile(self.folder)
 
     def _check(self, number: int, ids: np.ndarray) -> None:
@@ -106,10 +109,21 @@ class TokenFileWriter:
                 "is this the model's own tokenizer? (--tokenizer)"
             )
 
-    def _flush(self, rows: list[Row], ids, labelled) -> None:
+    def _flush(self, rows: list[Row], ids: io.FileIO, labelled: io.FileIO) -> None:
         if rows:
-            np.concatenate([row.ids for row in rows]).astype(self._dtype).tofile(ids)
-            np.concatenate([row.labelled for row in rows]).astype("u1").tofile(labelled)
+            self._append(ids, np.concatenate([row.ids for row in rows]).astype(self._dtype))
+            self._append(labelled, np.concatenate([row.labelled for row in rows]).astype("u1"))
+
+    def _created(self, name: str) -> io.FileIO:
+        return (self.folder / name).open("wb", buffering=0)
+
+    def _append(self, stream: io.FileIO, array: np.ndarray) -> None:
+        left = memoryview(array.tobytes())
+        try:
+            while len(left):  # a raw write may be short
+                left = left[stream.write(left) :]
+        except OSError as error:
+            raise DataError(f"{stream.name}: the tokens cannot be written ({error.strerror or error})") from error
 
 
 def _map(path: Path, dtype: str, size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from attribute.data.sources import Source
 from gradcore import IGNORE
 
 Span = tuple[int, int]
+_TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
 class Tokenizer(Protocol):
@@ -57,7 +59,7 @@ class _Rendered:
     labelled: np.ndarray
 
 
-def rows_of(source: Source, tokenizer: Tokenizer, config: DataConfig, context: int | None) -> Iterator[Row]:
+def rows_of(source: Source, tokenizer: Any, config: DataConfig, context: int | None) -> Iterator[Row]:
     """The rows of a dataset, in its order: one a record, or one a chunk.
 
     Args:
@@ -103,13 +105,13 @@ def _tokenised(
     records: list[dict[str, Any]], done: int, tokenizer: Tokenizer | None, config: DataConfig
 ) -> Iterator[_Rendered]:
     for place, record in enumerate(records):
-        ids = [int(token) for token in record["input_ids"]]
-        labels = record.get("labels") or ids
+        ids = _integers(record.get("input_ids"), done + place, "input_ids")
+        given = record.get("labels")
+        labels = ids if given is None else _integers(given, done + place, "labels")
         if len(labels) != len(ids) or any(label not in (token, IGNORE) for token, label in zip(ids, labels)):
             raise DataError(f"row {done + place}: labels must be input_ids with {IGNORE} where no loss is")
-        text = record.get(config.prompt_column)
         labelled = np.array([label != IGNORE for label in labels], dtype=bool)
-        yield _Rendered(text if isinstance(text, str) else "", ids, None, labelled)
+        yield _Rendered("", ids, None, labelled)
 
 
 def _texts(records: list[dict[str, Any]], done: int, tokenizer: Tokenizer, config: DataConfig) -> Iterator[_Rendered]:
@@ -138,7 +140,7 @@ def _conversations(
     records: list[dict[str, Any]], done: int, tokenizer: Tokenizer, config: DataConfig
 ) -> Iterator[_Rendered]:
     for place, record in enumerate(records):
-        turns = record[config.conversation_column]
+        turns = record.get(config.conversation_column)
         where = f"row {done + place}, column {config.conversation_column!r}"
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
@@ -149,6 +151,8 @@ def _conversations(
 
 def _conversation(turns: list[dict[str, Any]], tokenizer: Tokenizer, where: str) -> _Rendered:
     """Every assistant turn is labelled: what the template adds between "the assistant is to speak" and its end."""
+
+    from jinja2 import TemplateError  # what a template raises that wants its turns otherwise
 
     def text_of(upto: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=prompt)
@@ -163,7 +167,7 @@ def _conversation(turns: list[dict[str, Any]], tokenizer: Tokenizer, where: str)
             if not (whole.startswith(start) and whole.startswith(end)):
                 raise DataError(f"{where}: the chat template rewrites earlier turns, so assistant turns have no place")
             spoken.append((len(start), len(end)))
-    except ValueError as error:
+    except (ValueError, TemplateError) as error:
         raise DataError(f"{where}: {error}") from error
     # The template has written the special tokens already: a second set would shift everything.
     ((text, ids, spans),) = _encode([whole], tokenizer, add_special_tokens=False)
@@ -195,20 +199,24 @@ def _cut(
 ) -> Iterator[Row]:
     length = len(rendered.ids)
     step = config.chunk_length
+    plain = {name: _plain(value) for name, value in record.items()}
     if not step:
         if context is not None and length > context and not config.truncation:
             raise DataError(
                 f"row {number} has {length} tokens, the model takes {context}: use --truncation to cut it, "
                 f"or --chunk-length {context} to keep all of it in chunks"
             )
-        stop = min(length, context or length)
-        yield _row(rendered, 0, stop, {name: _plain(value) for name, value in record.items()})
+        if rendered.spans is None and not any(isinstance(value, str) for value in plain.values()):
+            plain["text"] = _text_of(rendered, 0, length, tokenizer)  # so that a hit can be read
+        yield _row(rendered, 0, min(length, context or length), plain)
         return
+    plain.pop(config.prompt_column, None)
     for start in range(0, max(length, 1), step):
         stop = min(start + step, length)
+        narrowed = {name: plain[name][start:stop] for name in _TOKEN_COLUMNS if plain.get(name) is not None}
         text = _text_of(rendered, start, stop, tokenizer)
-        kept = {name: _plain(value) for name, value in record.items() if name != config.prompt_column}
-        yield _row(rendered, start, stop, {**kept, "text": text, "document": number, "start": start, "stop": stop})
+        place = {"text": text, "document": number, "start": start, "stop": stop}
+        yield _row(rendered, start, stop, {**plain, **narrowed, **place})
 
 
 def _row(rendered: _Rendered, start: int, stop: int, record: dict[str, Any]) -> Row:
@@ -217,15 +225,28 @@ def _row(rendered: _Rendered, start: int, stop: int, record: dict[str, Any]) -> 
     return Row(np.asarray(rendered.ids[start:stop], dtype=np.int64), labelled, record)
 
 
-def _text_of(rendered: _Rendered, start: int, stop: int, tokenizer: Tokenizer) -> str:
+def _text_of(rendered: _Rendered, start: int, stop: int, tokenizer: Tokenizer | None) -> str:
     if rendered.spans is None:
-        return str(tokenizer.decode(rendered.ids[start:stop]))
-    spans = [(a, b) for a, b in rendered.spans[start:stop] if b > a]
-    return rendered.text[spans[0][0] : spans[-1][1]] if spans else ""
+        return "" if tokenizer is None else str(tokenizer.decode(rendered.ids[start:stop]))
+    return rendered.text[_border(rendered, rendered.spans, start) : _border(rendered, rendered.spans, stop)]
+
+
+def _border(rendered: _Rendered, spans: list[Span], place: int) -> int:
+    """Where the text before token ``place`` ends: spans may leave out spaces, or share a character between tokens."""
+    if place == len(spans):
+        return len(rendered.text)
+    return next((end for _, end in reversed(spans[:place]) if end), 0)  # special tokens stand at (0, 0)
+
+
+def _integers(value: Any, number: int, column: str) -> list[int]:
+    found = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
+    if not isinstance(found, list) or not all(isinstance(each, int) for each in found):
+        raise DataError(f"row {number}, column {column!r}: expected a list of token ids, found {type(value).__name__}")
+    return found
 
 
 def _text(record: dict[str, Any], column: str, number: int) -> str:
-    value = record[column]
+    value = record.get(column)
     if not isinstance(value, str):
         raise DataError(f"row {number}, column {column!r}: expected text, found {type(value).__name__}")
     return value
@@ -233,6 +254,10 @@ def _text(record: dict[str, Any], column: str, number: int) -> str:
 
 def _plain(value: Any) -> Any:
     """The value as JSON can hold it."""
+    if hasattr(value, "tolist"):  # arrays, their scalars, tensors
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
