@@ -20,6 +20,7 @@ from sparsify._errors import (
 
 if TYPE_CHECKING:
     from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
+    from sparsify._trainer import SaeTrainer, Trainer
 
 __all__ = [
     "Sae",
@@ -30,6 +31,8 @@ __all__ = [
     "EncoderOutput",
     "ForwardOutput",
     "TrainConfig",
+    "Trainer",
+    "SaeTrainer",
     "SparsifyError",
     "CheckpointError",
     "ConfigError",
@@ -44,6 +47,8 @@ _LAZY = {
     "SparseCoder": "sparsify._coder",
     "EncoderOutput": "sparsify._coder",
     "ForwardOutput": "sparsify._coder",
+    "Trainer": "sparsify._trainer",
+    "SaeTrainer": "sparsify._trainer",
 }
 
 

@@ -1,0 +1,187 @@
+"""Reading and replacing activations anywhere in any module: tuple or tensor outputs, positional or keyword calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from natsort import natsorted
+from torch import Tensor, nn
+
+from gradcore import SelectionError, select_modules
+from sparsify._errors import HookpointError
+
+
+class Site(NamedTuple):
+    """What went into a hookpoint's module and what came out; the input only where it was asked for."""
+
+    input: Tensor | None
+    output: Tensor
+
+
+class _AllReached(BaseException):
+    """Leaves a forward pass once every hookpoint has been seen. Not an Exception: models may catch those."""
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The module hookpoint names are relative to: a transformer without its head, or the module itself."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def find_hookpoints(
+    model: nn.Module, patterns: Sequence[str] = (), layers: Sequence[int] = (), stride: int = 1
+) -> list[str]:
+    """Module names for patterns or layer numbers (all layers by default), naturally sorted, every stride-th.
+
+    >>> find_hookpoints(gpt2, ["h.[012].attn"])  # doctest: +SKIP
+    ['h.0.attn', 'h.1.attn', 'h.2.attn']
+    """
+    base = base_of(model)
+    if patterns:
+        try:
+            return natsorted(select_modules(base, list(patterns)))[::stride]
+        except SelectionError as error:
+            raise HookpointError(str(error)) from None
+    name, count = _layer_list(base, model)
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise HookpointError(f"layer {layer} does not exist: {name} has layers 0 to {count - 1}")
+    return [f"{name}.{i}" for i in (layers or range(count))][::stride]
+
+
+def _layer_list(base: nn.Module, model: nn.Module) -> tuple[str, int]:
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = {name: len(m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, length in lists.items() if depth is None or length == depth]
+    if len(fitting) != 1:
+        found = ", ".join(f"{n} ({lists[n]})" for n in fitting) if fitting else "none"
+        raise HookpointError(
+            f"cannot tell which list of modules holds the layers (expected one of length {depth}; found {found}): "
+            "name the hookpoints"
+        )
+    return fitting[0], lists[fitting[0]]
+
+
+def run(model: nn.Module, tokens: Tensor, hookpoints: Sequence[str], *, inputs: bool = False) -> dict[str, Site]:
+    """One forward pass, stopped as soon as every hookpoint has been reached; a module called twice counts once.
+
+    Raises:
+        HookpointError: a hookpoint is never reached, or its module yields no tensor.
+    """
+    base = base_of(model)
+    sites: dict[str, Site] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if name in sites:
+                return
+            sites[name] = Site(first_input(args, kwargs, name) if inputs else None, first_output(output, name))
+            if len(sites) == len(hookpoints):
+                raise _AllReached
+
+        return record
+
+    handles = [base.get_submodule(n).register_forward_hook(recorder(n), with_kwargs=True) for n in hookpoints]
+    try:
+        call(base, tokens)
+    except _AllReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in hookpoints if name not in sites]
+    if missing:
+        raise HookpointError(
+            f"the forward pass never calls {', '.join(missing[:5])}: hook the module that is called, such as its parent"
+        )
+    return {name: sites[name] for name in hookpoints}
+
+
+@contextmanager
+def spliced(model: nn.Module, replace: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
+    """While open, each hookpoint's output tensor becomes ``replace[name](input, output)``; its other outputs stay.
+
+    The model is as before when the block ends, however it ends.
+    """
+    base = base_of(model)
+
+    def splicer(name: str) -> Callable[..., Any]:
+        def splice(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            old = first_output(output, name)
+            new = replace[name](first_input(args, kwargs, name), old)
+            return _with_first(output, new.to(old.dtype))
+
+        return splice
+
+    handles = [base.get_submodule(n).register_forward_hook(splicer(n), with_kwargs=True) for n in replace]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call(model: nn.Module, tokens: Tensor) -> Any:
+    """Call a model on token ids the way its kind expects."""
+    if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+        return model(input_ids=tokens, use_cache=False)
+    return model(tokens)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model expects its inputs."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def frozen(model: nn.Module, *, no_parameter_gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode, and on request no gradients for parameters; both are put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {p: p.requires_grad for p in model.parameters()} if no_parameter_gradients else {}
+    model.eval()
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, flag in wanted.items():
+            p.requires_grad_(flag)
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """The module's main input: its first tensor argument, ``hidden_states`` among keywords."""
+    candidates = [*args, kwargs.get("hidden_states"), *kwargs.values()]
+    for value in candidates:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise HookpointError(f"{name} is not called with a tensor of real numbers, so it has no input to read")
+
+
+def first_output(output: Any, name: str) -> Tensor:
+    """The module's main output: the tensor, or the first of a tuple or model output."""
+    value = output
+    if isinstance(output, Mapping):
+        value = next(iter(output.values()), None)
+    elif isinstance(output, (tuple, list)):
+        value = output[0] if output else None
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
+        return value
+    raise HookpointError(f"{name} returns {type(value).__name__}, not a tensor of activations")
+
+
+def _with_first(output: Any, new: Tensor) -> Any:
+    if isinstance(output, Mapping):
+        changed = dict(output.items())
+        changed[next(iter(changed))] = new
+        return type(output)(**changed)
+    if isinstance(output, (tuple, list)):
+        rest = list(output)[1:]
+        return type(output)(new, *rest) if hasattr(output, "_fields") else type(output)([new, *rest])
+    return new

@@ -1,0 +1,157 @@
+"""Where a run's activations come from. Batch i is a function of i alone: to resume, a number is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import _hooks
+from sparsify._errors import DataError
+from sparsify.data import token_rows
+
+
+class Pair(NamedTuple):
+    """Inputs (N, D) and targets (N, Do) of one hookpoint; the same tensor for autoencoders."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Source(Protocol):
+    """Batches of activations at several hookpoints."""
+
+    widths: dict[str, tuple[int, int]]
+    """Input and target width of each hookpoint."""
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        ...
+
+    def batch(self, index: int) -> dict[str, Pair]:
+        """Batch ``index`` of this process."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What the data is: a resumed run must see the same."""
+        ...
+
+
+class OnTheFly:
+    """Activations computed as they are needed, by a model that stops after the deepest hookpoint.
+
+    Args:
+        model: any module called with (rows, tokens) ids.
+        dataset: whatever `sparsify.data.token_rows` takes.
+        hookpoints: module names relative to the base model.
+        transcode: pair each module's input with its output, instead of its output with itself.
+        batch_size: rows per batch.
+        exclude: token ids whose positions are left out.
+        max_norm_ratio: leave out tokens whose input norm exceeds this multiple of the batch's median; 0 keeps all.
+        buffer_batches: how many batches are mixed token by token before they are served.
+        seed: of the mixing.
+        shard: (process, processes): batch i of process r is the (i · processes + r)-th of the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        hookpoints: Sequence[str],
+        *,
+        transcode: bool,
+        batch_size: int,
+        exclude: Sequence[int] = (),
+        max_norm_ratio: float = 0.0,
+        buffer_batches: int = 1,
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.model, self.dataset, self.hookpoints = model, dataset, list(hookpoints)
+        self.transcode, self.batch_size = transcode, batch_size
+        self.max_norm_ratio, self.buffer_batches, self.seed = max_norm_ratio, buffer_batches, seed
+        self.rank, self.world = shard
+        self.device = _hooks.device_of(model)
+        self.exclude = torch.tensor(list(exclude), dtype=torch.long, device=self.device)
+        self._block: tuple[int, dict[str, list[Pair]]] | None = None
+        if len(self) < 1:
+            raise DataError(
+                f"the dataset has {len(dataset)} rows, fewer than one batch of {batch_size} for each of {self.world} "
+                "processes: lower batch_size or give more data"
+            )
+        self.widths = self._measure()
+
+    def __len__(self) -> int:
+        return len(self.dataset) // (self.batch_size * self.world)
+
+    def _measure(self) -> dict[str, tuple[int, int]]:
+        tokens = token_rows(self.dataset, 0, 1)[:, :8].to(self.device)
+        with torch.no_grad(), _hooks.frozen(self.model):
+            sites = _hooks.run(self.model, tokens, self.hookpoints, inputs=self.transcode)
+        return {n: ((s.output if s.input is None else s.input).shape[-1], s.output.shape[-1]) for n, s in sites.items()}
+
+    def tokens(self, index: int) -> Tensor:
+        """The (rows, tokens) ids of batch ``index``."""
+        start = (index * self.world + self.rank) * self.batch_size
+        return token_rows(self.dataset, start, start + self.batch_size).to(self.device)
+
+    def batch(self, index: int) -> dict[str, Pair]:
+        """Activations of batch ``index``, or its share of a mixed block."""
+        if self.buffer_batches == 1:
+            return self._computed(index)
+        block, place = divmod(index, self.buffer_batches)
+        if self._block is None or self._block[0] != block:
+            self._block = None  # freed before the next is filled
+            self._block = block, self._mixed(block)
+        return {name: parts[place] for name, parts in self._block[1].items()}
+
+    def fingerprint(self) -> str:
+        """Number of rows and the sum of the first batch's ids: enough to tell one dataset from another."""
+        first = token_rows(self.dataset, 0, self.batch_size)
+        weights = torch.arange(1, first.numel() + 1).view_as(first)
+        return f"{len(self.dataset)} rows of {first.shape[1]}, {int((first.cpu() * weights).sum())}"
+
+    def _mixed(self, block: int) -> dict[str, list[Pair]]:
+        begin = block * self.buffer_batches
+        batches = [self._computed(i) for i in range(begin, min(begin + self.buffer_batches, len(self)))]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
+        mixed: dict[str, list[Pair]] = {}
+        for name in self.hookpoints:
+            x = torch.cat([b[name].x for b in batches])
+            y = torch.cat([b[name].y for b in batches]) if self.transcode else x
+            order = torch.randperm(len(x), generator=generator).to(x.device).tensor_split(len(batches))
+            mixed[name] = [Pair(xs := x[part], y[part] if self.transcode else xs) for part in order]
+        return mixed
+
+    def _computed(self, index: int) -> dict[str, Pair]:
+        tokens = self.tokens(index)
+        with torch.no_grad():
+            sites = _hooks.run(self.model, tokens, self.hookpoints, inputs=self.transcode)
+        keep = ~torch.isin(tokens, self.exclude).flatten() if self.exclude.numel() else None
+        return {name: self._pair(site, keep, name, index) for name, site in sites.items()}
+
+    def _pair(self, site: _hooks.Site, keep: Tensor | None, name: str, index: int) -> Pair:
+        y = site.output.flatten(0, -2)
+        x = y if site.input is None else site.input.flatten(0, -2)
+        if len(x) != len(y):
+            raise DataError(
+                f"{name} takes {len(x)} vectors and returns {len(y)}: it cannot be transcoded token by token"
+            )
+        if keep is not None and len(keep) != len(x):
+            raise DataError(
+                f"{name} yields {len(x)} vectors for {len(keep)} tokens, so tokens cannot be excluded there"
+            )
+        if self.max_norm_ratio:
+            norms = torch.linalg.vector_norm(x.float(), dim=-1)
+            usual = norms <= self.max_norm_ratio * (norms if keep is None else norms[keep]).median()
+            keep = usual if keep is None else keep & usual
+        if keep is None:
+            return Pair(x, y)
+        if not keep.any():
+            raise DataError(
+                f"batch {index}: every token is excluded at {name}; exclude_tokens or max_norm_ratio leaves nothing"
+            )
+        kept = x[keep]
+        return Pair(kept, kept if y is x else y[keep])

@@ -1,0 +1,440 @@
+"""Training: batches of activations in, coders out. One step is a function of the state and the step's number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import _checkpoint, _hooks
+from sparsify._coder import ForwardOutput, SparseCoder
+from sparsify._config import TrainConfig
+from sparsify._errors import CheckpointError, ConfigError, DataError, FormatError
+from sparsify._files import load_many, save_coder, write_json
+from sparsify._optim import make_optimiser
+from sparsify._parallel import Processes
+from sparsify._progress import JsonLines, Logger, Terminal, WandbLogger
+from sparsify._source import OnTheFly, Pair, Source
+
+# Fields that say where and how often things are written, not what is learned: a resumed run may change them.
+_FREE = ("save_dir", "run_name", "save_every", "save_best", "log_every", "log_to_wandb", "finetune")
+
+
+class Trainer:
+    """Trains one coder per hookpoint (and seed).
+
+    >>> trainer = Trainer(TrainConfig(SaeConfig(k=32), batch_size=16), tokenized, model)  # doctest: +SKIP
+    >>> trainer.fit()  # doctest: +SKIP
+    >>> trainer.saes["layers.3"].encode(hidden)  # doctest: +SKIP
+
+    Args:
+        cfg: what to train.
+        dataset: rows of token ids (see `sparsify.data.token_rows`).
+        model: any module that takes token ids; hookpoints are relative to its ``base_model`` where it has one. It is
+            put in evaluation mode while training runs and is left as it was.
+        source: activations from elsewhere, such as an `ActivationCache`; then dataset and model are not needed for
+            ``loss_fn="fvu"``.
+        loggers: receive the averages of each interval, beside metrics.jsonl and the terminal.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        dataset: Any = None,
+        model: nn.Module | None = None,
+        *,
+        source: Source | None = None,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        self.cfg, self.model, self.loggers = cfg, model, list(loggers)
+        self.processes = Processes()
+        self.source = source or self._on_the_fly(dataset)
+        self.hookpoints = list(self.source.widths)
+        self.owned = self.processes.owned(self.hookpoints) if cfg.distribute_modules else self.hookpoints
+        self.device = torch.device("cpu") if model is None else _hooks.device_of(model)
+        self.saes: dict[str, SparseCoder] = {}
+        for hook in self.owned:
+            d_in, d_out = self.source.widths[hook]
+            for seed in cfg.init_seeds:
+                name = f"{hook}/seed{seed}" if len(cfg.init_seeds) > 1 else hook
+                self.saes[name] = _fresh(cfg, d_in, d_out, seed).to(self.device)
+        for coder in self.saes.values():
+            if cfg.sae.tied:
+                coder.tie()
+        self.total_steps = len(self.source) // cfg.grad_acc_steps
+        if not self.total_steps:
+            raise DataError(
+                f"{len(self.source)} batches do not make one step of {cfg.grad_acc_steps}: lower grad_acc_steps"
+            )
+        self.optimiser = make_optimiser(cfg, list(self.saes.values()), self.total_steps)
+        self.global_step = self.tokens_seen = 0
+        self.tokens_since_fired = {
+            name: torch.zeros(c.num_latents, dtype=torch.long, device=self.device) for name, c in self.saes.items()
+        }
+        self.best = dict.fromkeys(self.saes, math.inf)
+        self.metrics: dict[str, Tensor] = {}
+        self._since_save: dict[str, Tensor] = {}
+        if cfg.finetune:
+            self._start_from(cfg.finetune)
+
+    def _on_the_fly(self, dataset: Any) -> Source:
+        if self.model is None or dataset is None:
+            raise ConfigError("give either a dataset and a model, or a source of activations")
+        cfg = self.cfg
+        return OnTheFly(
+            self.model,
+            dataset,
+            _hooks.find_hookpoints(self.model, cfg.hookpoints, cfg.layers, cfg.layer_stride),
+            transcode=cfg.sae.transcode,
+            batch_size=cfg.batch_size,
+            exclude=cfg.exclude_tokens,
+            max_norm_ratio=cfg.max_norm_ratio,
+            buffer_batches=cfg.buffer_batches,
+            shard=(self.processes.rank, self.processes.world),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where this run is kept."""
+        return Path(self.cfg.save_dir) / (self.cfg.run_name or "unnamed")
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train to the end of the data, from wherever the state stands, and leave the coders in the run folder."""
+        if self.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", self.cfg.to_dict())
+        terminal = Terminal(self.total_steps, self.global_step, shown=self.processes.first)
+        sinks: list[Logger] = [terminal, *self.loggers]
+        if self.processes.first:
+            sinks.append(JsonLines(self.folder / "metrics.jsonl", self.global_step))
+            if self.cfg.log_to_wandb:
+                sinks.append(WandbLogger(self.cfg.run_name, self.cfg.to_dict()))
+        try:
+            with _hooks.frozen(self.model or nn.Module(), no_parameter_gradients=self.cfg.loss_fn != "fvu"):
+                while self.global_step < self.total_steps:
+                    terminal.advance(self.step())
+                    if not self.global_step % self.cfg.log_every or self.global_step == self.total_steps:
+                        averages = self._averages()
+                        for sink in sinks:
+                            sink.log(self.global_step, averages)
+                    if self.cfg.save_every and not self.global_step % self.cfg.save_every:
+                        self.save()
+        finally:
+            for sink in sinks:
+                sink.close()
+        for coder in self.saes.values():
+            coder.eval()
+        self.save()
+
+    def step(self) -> int:
+        """One optimiser step; returns the tokens it took, over all processes."""
+        for coder in self.saes.values():
+            coder.train()
+        k = self.get_current_k()
+        fired = {n: torch.zeros(c.num_latents, dtype=torch.int32, device=self.device) for n, c in self.saes.items()}
+        tokens = torch.zeros(len(self.saes), dtype=torch.long, device=self.device)
+        for micro in range(self.cfg.grad_acc_steps):
+            index = self.global_step * self.cfg.grad_acc_steps + micro
+            if self.cfg.loss_fn == "fvu":
+                self._local_losses(index, k, fired, tokens)
+            else:
+                self._end_to_end_loss(index, k, fired, tokens)
+        self._update(fired, tokens)
+        self.global_step += 1
+        taken = int(tokens.max())
+        self.tokens_seen += taken
+        return taken
+
+    def get_current_k(self) -> int:
+        """k falls linearly from 10 times the first hookpoint's width to its value, over k_decay_steps."""
+        cfg = self.cfg
+        if self.global_step >= cfg.k_decay_steps:
+            return cfg.sae.k
+        d_in = self.source.widths[self.hookpoints[0]][0]
+        start = min(cfg.sae.latents(d_in), 10 * d_in)
+        done = self.global_step / cfg.k_decay_steps
+        return round(start * (1 - done) + cfg.sae.k * done)
+
+    def _local_losses(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
+        batch = self.source.batch(index)
+        for hook in list(batch):
+            pair = batch.pop(hook)
+            if self.cfg.distribute_modules:
+                pair = self._to_owner(hook, pair)
+                if hook not in self.owned:
+                    continue
+            pair = Pair(x := pair.x.float(), x if pair.y is pair.x else pair.y.float())
+            variance = self._variance(pair, hook, index)
+            for place, (name, coder) in enumerate(self.saes.items()):
+                if name != hook and name.rpartition("/seed")[0] != hook:
+                    continue
+                if self.global_step == 0 and index == 0 and not self.cfg.finetune:
+                    self._initialise(coder, pair)
+                for x, y in zip(pair.x.chunk(self.cfg.micro_acc_steps), pair.y.chunk(self.cfg.micro_acc_steps)):
+                    with self._precision():
+                        out = coder(x, y, dead_mask=self._dead(name), total_variance=variance, k=k)
+                    self._losses(out, name, coder, fired, tokens, place, len(x))
+
+    def _losses(
+        self,
+        out: ForwardOutput,
+        name: str,
+        coder: SparseCoder,
+        fired: Mapping[str, Tensor],
+        tokens: Tensor,
+        place: int,
+        count: int,
+    ) -> None:
+        cfg = self.cfg
+        loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
+        share = 1 / cfg.grad_acc_steps
+        if cfg.sae.activation in ("jumprelu", "gated"):
+            loss = loss + cfg.sparsity_coefficient * out.sparsity_loss / (cfg.micro_acc_steps * self._replicas)
+        (loss * share).backward()
+        active = out.latent_acts.detach() > 0
+        fired[name].scatter_add_(0, out.latent_indices.flatten(), active.flatten().int())
+        tokens[place] += count
+        self._add(f"fvu/{name}", out.fvu.detach() * share)
+        self._add(f"l0_sum/{name}", active.sum())
+        for key, value in (("auxk", out.auxk_loss), ("multi_topk_fvu", out.multi_topk_fvu), ("nested", out.nested_fvu)):
+            if value.requires_grad:
+                self._add(f"{key}/{name}", value.detach() * share)
+        if cfg.sae.activation == "batchtopk":
+            kept = out.latent_acts.detach()
+            coder.learn_threshold(torch.where(kept > 0, kept, torch.inf).min())
+
+    def _end_to_end_loss(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
+        from sparsify._end_to_end import spliced_loss
+
+        assert isinstance(self.source, OnTheFly)
+        assert self.model is not None
+        ids = self.source.tokens(index)
+        if self.global_step == 0 and index == 0 and not self.cfg.finetune:
+            for hook, pair in self.source.batch(index).items():
+                self._initialise(self.saes[hook], Pair(pair.x.float(), pair.y.float()))
+        keep = ~torch.isin(ids, self.source.exclude)
+        loss, codes = spliced_loss(self.model, self.saes, ids, keep, self.cfg.loss_fn, k)
+        if not bool(torch.isfinite(loss)):
+            raise DataError(
+                f"batch {index}: the {self.cfg.loss_fn} loss is {float(loss.detach())}; lower the learning rate"
+            )
+        (loss / (self.cfg.grad_acc_steps * self._replicas)).backward()
+        self._add(self.cfg.loss_fn, loss.detach() / (self.cfg.grad_acc_steps * self._replicas))
+        for place, (name, (acts, indices)) in enumerate(codes.items()):
+            fired[name].scatter_add_(0, indices.flatten(), (acts > 0).flatten().int())
+            tokens[place] += acts.shape[:-1].numel()
+            self._add(f"l0_sum/{name}", (acts > 0).sum())
+
+    def _update(self, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
+        if self._replicas > 1:
+            self.processes.sum_(tokens, *fired.values())
+            self.processes.sum_(*(p.grad for c in self.saes.values() for p in c.parameters() if p.grad is not None))
+        self.optimiser.step(self.global_step)
+        for place, (name, coder) in enumerate(self.saes.items()):
+            coder.after_step()
+            since = self.tokens_since_fired[name]
+            since += tokens[place]
+            since.masked_fill_(fired[name] > 0, 0)
+            self._add(f"tokens/{name}", tokens[place])
+        self._add("steps", torch.ones((), device=self.device))
+
+    # ------------------------------------------------------------------ parts of a step
+
+    @property
+    def _replicas(self) -> int:
+        """Processes that hold a copy of each coder."""
+        return 1 if self.cfg.distribute_modules else self.processes.world
+
+    def _precision(self) -> torch.autocast:
+        # The encoder's products in bf16 double its speed where there are tensor cores; everything else stays fp32.
+        cuda = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda)
+
+    def _to_owner(self, hook: str, pair: Pair) -> Pair:
+        owner = self.hookpoints.index(hook) // (len(self.hookpoints) // self.processes.world)
+        x = self.processes.gather_rows(pair.x, owner)
+        return Pair(x, x if pair.y is pair.x else self.processes.gather_rows(pair.y, owner))
+
+    def _variance(self, pair: Pair, hook: str, index: int) -> Tensor:
+        """Σ‖y − ȳ‖² over the whole batch, all chunks and processes; refuses what is not finite."""
+        mean = pair.y.mean(0)
+        if self._replicas > 1:
+            count = torch.tensor([float(len(pair.y))], device=mean.device)
+            mean = mean * count
+            self.processes.sum_(mean, count)
+            mean = mean / count
+        variance = (pair.y - mean).square().sum()
+        if self._replicas > 1:
+            self.processes.sum_(variance)
+        if not bool(torch.isfinite(variance + pair.x.sum())):
+            side = "output" if pair.x is pair.y or not bool(torch.isfinite(variance)) else "input"
+            raise DataError(
+                f"batch {index}: {hook} yields values that are not finite at its {side}: the model overflows on this "
+                "text (half precision?) or its weights are broken"
+            )
+        if not float(variance):
+            raise DataError(
+                f"batch {index}: {hook} yields the same vector for every token, so there is nothing to learn"
+            )
+        return variance
+
+    def _initialise(self, coder: SparseCoder, pair: Pair) -> None:
+        coder.initialise(pair.x, pair.y)
+        if self._replicas > 1:
+            shared = [t for name, t in coder.state_dict().items() if name not in ("encoder.weight", "W_dec", "W_skip")]
+            self.processes.sum_(*shared)
+            for tensor in shared:
+                tensor /= self._replicas
+
+    def _dead(self, name: str) -> Tensor | None:
+        # No latent can be dead yet, so don't look: looking waits for the device.
+        if not self.cfg.auxk_alpha or self.tokens_seen <= self.cfg.dead_feature_threshold:
+            return None
+        return self.tokens_since_fired[name] > self.cfg.dead_feature_threshold
+
+    # ------------------------------------------------------------------ averages
+
+    def _add(self, key: str, value: Tensor) -> None:
+        value = value.double() if value.device.type != "mps" else value.float()
+        self.metrics[key] = self.metrics[key] + value if key in self.metrics else value
+        if key.startswith("fvu/") or key == "steps":
+            self._since_save[key] = self._since_save.get(key, torch.zeros_like(value)) + value
+
+    def _averages(self) -> dict[str, float]:
+        """Means over the interval since the last call."""
+        sums = {key: value.clone() for key, value in self.metrics.items()}
+        local = [v for key, v in sums.items() if key != "steps" and not key.startswith("tokens/")]
+        if self._replicas > 1:
+            self.processes.sum_(*local)
+        steps = float(sums.pop("steps"))
+        averages: dict[str, float] = {}
+        for key, value in sums.items():
+            kind, _, name = key.partition("/")
+            if kind == "l0_sum":
+                averages[f"l0/{name}"] = float(value) / max(float(sums[f"tokens/{name}"]), 1.0)
+            elif kind == "tokens":
+                averages[key] = float(value)
+            else:
+                averages[key] = float(value) / steps
+        for name, since in self.tokens_since_fired.items():
+            # A latent silent for the whole run so far counts as dead too, though AuxK waits for the threshold.
+            seen = self.cfg.dead_feature_threshold
+            averages[f"dead/{name}"] = float((since > seen).double().mean())
+            averages[f"silent/{name}"] = float((since >= averages[f"tokens/{name}"]).double().mean())
+        averages["k"] = float(self.get_current_k())
+        self.metrics.clear()
+        return self.processes.merge(averages) if self.cfg.distribute_modules else averages
+
+    # ------------------------------------------------------------------ files
+
+    def save(self) -> None:
+        """Publish the coders and keep the state; safe to be killed in the middle."""
+        with self.optimiser.averaged():
+            for name, coder in self.saes.items():
+                if self.cfg.optimizer == "signum":
+                    coder.after_step()  # an average of unit rows is shorter than one
+                if self.cfg.distribute_modules or self.processes.first:
+                    published = self._published(coder)
+                    save_coder(published, self.folder / name)
+                    if self.cfg.save_best and self._improved(name):
+                        save_coder(published, self.folder / "best" / name)
+        self._since_save.clear()
+        _checkpoint.write_state(self.folder, self.global_step, self.state_dict(), self.processes)
+
+    def _published(self, coder: SparseCoder) -> SparseCoder:
+        k = self.get_current_k()
+        if k == coder.cfg.k:
+            return coder
+        # Mid-schedule, the file says the k it was trained with.
+        twin = SparseCoder(coder.d_in, replace(coder.cfg, k=k), "meta", coder.dtype, d_out=coder.d_out)
+        twin.load_state_dict(coder.state_dict(), assign=True)
+        return twin
+
+    def _improved(self, name: str) -> bool:
+        if f"fvu/{name}" not in self._since_save:
+            return False
+        mean = float(self._since_save[f"fvu/{name}"] / self._since_save["steps"])
+        better = mean < self.best[name]
+        self.best[name] = min(mean, self.best[name])
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later process needs to go on as if there had been no interruption."""
+        return {
+            "step": self.global_step,
+            "tokens_seen": self.tokens_seen,
+            "config": _described(self.cfg),
+            "data": self.source.fingerprint(),
+            "coders": {name: coder.state_dict() for name, coder in self.saes.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "tokens_since_fired": self.tokens_since_fired,
+            "best": self.best,
+            "metrics": self.metrics,
+        }
+
+    def load_state(self, path: str | Path | None = None) -> None:
+        """Take up the run in ``path``, this run's own folder by default.
+
+        Raises:
+            CheckpointError: there is none, or it was made with another configuration, data, or number of processes.
+        """
+        folder = self.folder if path is None else Path(path)
+        state = _checkpoint.read_state(folder, self.device, self.processes)
+        _checkpoint.check_same(state["config"], _described(self.cfg))
+        _checkpoint.check_same({"data": state["data"]}, {"data": self.source.fingerprint()})
+        if list(state["coders"]) != list(self.saes):
+            raise CheckpointError(
+                f"{folder} holds {', '.join(state['coders'])}, this run trains {', '.join(self.saes)}"
+            )
+        self.global_step, self.tokens_seen = state["step"], state["tokens_seen"]
+        for name, coder in self.saes.items():
+            coder.load_state_dict(state["coders"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.tokens_since_fired = state["tokens_since_fired"]
+        self.best, self.metrics = state["best"], state["metrics"]
+
+    def _start_from(self, where: str) -> None:
+        found = load_many(where, Path(where).is_dir(), list(self.saes), self.device, True)
+        for name, coder in found.items():
+            mine = self.saes[name]
+            expected = {key: tuple(value.shape) for key, value in mine.state_dict().items()}
+            given = {key: tuple(value.shape) for key, value in coder.state_dict().items()}
+            if (
+                expected != given
+                or coder.cfg.activation != mine.cfg.activation
+                or coder.cfg.transcode != mine.cfg.transcode
+            ):
+                raise FormatError(
+                    f"finetune={where!r}: {name} is a {_shape_of(coder)}, this run trains a {_shape_of(mine)}: "
+                    "set --num_latents, --activation, --transcode and --skip_connection as they were"
+                )
+            mine.load_state_dict(coder.state_dict())
+
+
+def _fresh(cfg: TrainConfig, d_in: int, d_out: int, seed: int) -> SparseCoder:
+    """A new coder whose weights depend on the seed alone, and which leaves the global generator untouched."""
+    if cfg.k_decay_steps and cfg.sae.activation != "topk":
+        raise ConfigError(f"k_decay_steps changes k every step, which {cfg.sae.activation} cannot follow: use topk")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SparseCoder(d_in, cfg.sae, d_out=d_out if cfg.sae.transcode else None)
+
+
+def _described(cfg: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(cfg).items() if name not in _FREE}
+
+
+def _shape_of(coder: SparseCoder) -> str:
+    kind = "transcoder" if coder.cfg.transcode else "autoencoder"
+    skip = " with a skip connection" if coder.cfg.skip_connection else ""
+    return f"{coder.cfg.activation} {kind} {coder.d_in} → {coder.num_latents} → {coder.d_out}{skip}"
+
+
+SaeTrainer = Trainer

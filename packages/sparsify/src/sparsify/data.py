@@ -1,0 +1,179 @@
+"""Text to rows of token ids, and rows from wherever they are: datasets, memory maps, tensors, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsify._errors import DataError
+
+T = TypeVar("T", Dataset, DatasetDict, IterableDataset)
+
+
+def chunk_and_tokenize(
+    data: T,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str = "torch",
+    num_proc: int | None = None,
+    text_key: str = "text",
+    max_seq_len: int = 2048,
+    return_final_batch: bool = False,
+    load_from_cache_file: bool = True,
+) -> T:
+    """Rows of exactly ``max_seq_len`` tokens: documents joined by the eos token, which also comes first.
+
+    >>> tokenized = chunk_and_tokenize(dataset, tokenizer, max_seq_len=256)  # doctest: +SKIP
+
+    Documents are joined in groups of 2,048; the tail of a group that fills no row is dropped, unless
+    ``return_final_batch`` keeps it as a short row. Streams (IterableDataset) work as well.
+
+    Args:
+        data: one or several splits with a text column named ``text_key``.
+        max_seq_len: row length; the tokenizer's own maximum, where lower, wins.
+        num_proc: processes that tokenize; None tokenizes in this one.
+
+    Raises:
+        DataError: the column is missing, or the text is too short to fill a single row.
+    """
+    length = min(tokenizer.model_max_length, max_seq_len)
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos token to put between documents")
+
+    def rows(texts: Mapping[str, Sequence[str]]) -> dict[str, list[list[int]]]:
+        ids: list[int] = []
+        for document in tokenizer(list(texts[text_key]), add_special_tokens=False, verbose=False)["input_ids"]:
+            ids.append(eos)
+            ids.extend(cast(list[int], document))
+        whole = len(ids) if return_final_batch else len(ids) // length * length
+        return {"input_ids": [ids[s : s + length] for s in range(0, whole, length)]}
+
+    for columns in _columns(data):
+        if columns is not None and text_key not in columns:
+            raise DataError(f"the dataset has no column {text_key!r}, only {', '.join(columns)}: set text_key")
+    names = next(iter(_columns(data)))
+    if isinstance(data, IterableDataset):
+        return data.map(rows, batched=True, batch_size=2048, remove_columns=names).with_format(format)
+    # One process means none: a pool of one only costs its start.
+    workers = {
+        "num_proc": num_proc if num_proc and num_proc > 1 else None,
+        "load_from_cache_file": load_from_cache_file,
+    }
+    made: Any = data.map(rows, batched=True, batch_size=2048, remove_columns=names, **workers)
+    for split in made.values() if isinstance(made, DatasetDict) else [made]:
+        if not len(split):
+            raise DataError(
+                f"the text is too short to fill one row of {length} tokens: lower max_seq_len, give more text, "
+                "or keep the short row with return_final_batch=True"
+            )
+    return cast(T, made.with_format(format, columns=["input_ids"]))
+
+
+def _columns(data: Dataset | DatasetDict | IterableDataset) -> list[list[str] | None]:
+    names = data.column_names
+    return list(names.values()) if isinstance(names, dict) else [names]
+
+
+class MemmapDataset:
+    """Rows of ``ctx_len`` tokens in a flat file of unsigned integers, as GPT-NeoX writes them; nothing is read early.
+
+    >>> MemmapDataset("pile.bin", ctx_len=2048)[0]["input_ids"].shape  # doctest: +SKIP
+    torch.Size([2048])
+    """
+
+    def __init__(self, data_path: str | Path, ctx_len: int, max_examples: int | None = None, dtype: Any = np.uint16):
+        flat = np.memmap(data_path, dtype=dtype, mode="r")
+        if len(flat) < ctx_len:
+            raise DataError(f"{data_path} holds {len(flat)} tokens, not enough for one row of {ctx_len}")
+        self.mmap = flat[: len(flat) // ctx_len * ctx_len].reshape(-1, ctx_len)[:max_examples]
+
+    def __len__(self) -> int:
+        return len(self.mmap)
+
+    def __getitem__(self, index: int | slice) -> dict[str, Tensor]:
+        return {"input_ids": torch.from_numpy(self.mmap[index].astype(np.int64))}
+
+    def select(self, rows: range) -> MemmapDataset:
+        """The rows of a range."""
+        part = MemmapDataset.__new__(MemmapDataset)
+        part.mmap = self.mmap[rows.start : rows.stop : rows.step]
+        return part
+
+    def shard(self, num_shards: int, shard_id: int) -> MemmapDataset:
+        """One of ``num_shards`` contiguous parts."""
+        part = MemmapDataset.__new__(MemmapDataset)
+        part.mmap = np.array_split(self.mmap, num_shards)[shard_id]
+        return part
+
+
+class StreamedRows:
+    """A stream read forwards as if it had an index: ``num_rows`` of its rows, in its order.
+
+    >>> rows = StreamedRows(chunk_and_tokenize(stream, tokenizer), num_rows=10_000)  # doctest: +SKIP
+
+    Going back opens the stream again, so a resumed run skips to its place and reads the same rows.
+    """
+
+    def __init__(self, stream: Iterable[Mapping[str, Any]], num_rows: int) -> None:
+        self.stream, self.num_rows = stream, num_rows
+        self._position, self._iterator = 0, iter(())
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: slice) -> dict[str, Tensor]:
+        start, stop, _ = index.indices(self.num_rows)
+        if start < self._position or self._position == 0:
+            self._iterator, self._position = iter(self.stream), 0
+        for _ in range(start - self._position):
+            self._next()
+        self._position = start
+        rows = [torch.as_tensor(self._next()["input_ids"]) for _ in range(stop - start)]
+        self._position = stop
+        return {"input_ids": _stacked(rows, start)}
+
+    def _next(self) -> Mapping[str, Any]:
+        for row in self._iterator:
+            return row
+        raise DataError(f"the stream ended before its {self.num_rows} rows: lower max_examples")
+
+
+def token_rows(dataset: Any, start: int, stop: int) -> Tensor:
+    """Rows start to stop as one (rows, tokens) tensor of ids.
+
+    Takes a Hugging Face dataset, a MemmapDataset, StreamedRows, a (rows, tokens) tensor, or a list of either dicts
+    with ``input_ids`` or sequences of ids.
+    """
+    part = dataset[start:stop]
+    if isinstance(part, Tensor):
+        return part.long()
+    rows = part["input_ids"] if isinstance(part, Mapping) else part
+    if isinstance(rows, Tensor):
+        return rows.long()
+    return _stacked([torch.as_tensor(row["input_ids"] if isinstance(row, Mapping) else row) for row in rows], start)
+
+
+def _stacked(rows: Sequence[Tensor], start: int) -> Tensor:
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
+        raise DataError(
+            f"rows {start} to {start + len(rows)} have {sorted(lengths)} tokens; all rows must be equally long: "
+            "use chunk_and_tokenize, and not return_final_batch"
+        )
+    return torch.stack(list(rows)).long()
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of a text file: one per line, as in the seeds of many small corpora."""
+    with path.open() as file:
+        for line in file:
+            if text := line.strip():
+                yield text
