@@ -5,7 +5,7 @@ What can be done once a run is: hooks, sketch matrices and the row buffer outliv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -111,15 +111,20 @@ def _run_batch(
 
 
 @contextmanager
-def _evaluating(model: LanguageModel):
-    """Dropout off for the pass, and every mode put back afterwards."""
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """Dropout off and all weights frozen for the pass, the head's too, and everything put back afterwards."""
     training = [module for module in model.model.modules() if module.training]
+    trainable = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     model.model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class MemorySink:

@@ -10,7 +10,12 @@ import numpy as np
 from torch import nn
 
 from attribute._errors import DataError
-from attribute._run import (
+from attribute.config import IndexConfig
+from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
+from attribute.engine import RowBlock, run_pass
+from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.progress import Progress, Quiet
+from attribute.run import (
     is_begun,
     refuse_finished,
     remove_run,
@@ -18,11 +23,6 @@ from attribute._run import (
     require_same_options,
     scratch_beside,
 )
-from attribute.config import IndexConfig
-from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
-from attribute.engine import RowBlock, run_pass
-from attribute.model import LanguageModel, load_model, load_tokenizer
-from attribute.progress import Progress, Quiet
 from gradcore import CapturePlan, coverage
 from gradstore import GradientStore, StoreWriter
 

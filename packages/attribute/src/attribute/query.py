@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from attribute._errors import DataError
 from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
@@ -61,23 +63,27 @@ class Asker:
             data: which columns; those of the index by default.
 
         Raises:
-            DataError: a query has no token with a loss.
+            DataError: a query has no token with a loss, or is longer than the context of the model and the index was
+                built without truncation.
         """
         return self.ask_source(source_of(records, "the queries"), query, data)
 
     def ask_source(self, source: Source, query: QueryConfig, data: DataConfig | None = None) -> Attribution:
         """:meth:`ask` for a dataset opened by :func:`open_source`."""
+        attributor = Attributor(self.store, unit_norm=query.unit_norm)
+        gradients = self.gradients(source, data)
+        return attributor.search(gradients, query.top_k, modules=list(query.modules) or None)
+
+    def gradients(self, source: Source, data: DataConfig | None = None) -> np.ndarray:
+        """Gradients of the queries in the store's columns, ``[queries, width]``."""
         data = data or columns_for(source, self.config.data)
         rows = list(rows_of(source, self.tokenizer, replace(data, chunk_length=0), self.model.context))
         for number, row in enumerate(rows):
             if not row.labelled.any():
                 raise DataError(f"query {number} has {len(row.ids)} tokens and so no loss: it needs at least 2")
-        plan = plan_of(self.store)
         with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
             tokens = TokenFileWriter(Path(folder), self.model.vocabulary).write(rows)
-            gradients = gradients_of(self.model, tokens, plan)
-        attributor = Attributor(self.store, unit_norm=query.unit_norm)
-        return attributor.search(gradients, query.top_k, modules=list(query.modules) or None)
+            return gradients_of(self.model, tokens, plan_of(self.store))
 
 
 def columns_for(source: Source, data: DataConfig) -> DataConfig:
@@ -91,7 +97,12 @@ def columns_for(source: Source, data: DataConfig) -> DataConfig:
     plain = replace(data, conversation_column="", completion_column="")
     if {"prompt", "completion"} <= names:
         return replace(plain, prompt_column="prompt", completion_column="completion")
-    return replace(plain, prompt_column="text") if "text" in names else data
+    if "text" not in names:
+        raise DataError(
+            f"{source.name} has the columns {', '.join(source.columns)}: queries need "
+            f"{' and '.join(sorted(wanted))} as the index has, or prompt and completion, or text"
+        )
+    return replace(plain, prompt_column="text")
 
 
 def read_queries(path: str | Path) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import click
@@ -15,11 +15,13 @@ def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
     """Fill the configuration; neither model nor dataset means the demo's."""
     values = dict(options)
     if not values["model"] and not values["dataset"]:
-        from trace_cli._demo import demo_inputs
+        from attribute.demo.run import demo_config
 
-        values["model"], values["dataset"] = demo_inputs(progress)
+        progress.note("neither --model nor --dataset: taking the demo's")
+        demo = demo_config(progress)
+        values["model"], values["dataset"] = demo.model, demo.data.dataset
     for name in ("model", "dataset"):
         if not values[name]:
             raise click.UsageError(f"--{name} is missing (without --model and --dataset the demo's are used)")
     data = DataConfig(**{each.name: values.pop(each.name) for each in fields(DataConfig)})
-    return IndexConfig(data=data, **values)
+    return replace(IndexConfig(**values), data=data)

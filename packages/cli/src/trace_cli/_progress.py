@@ -21,7 +21,9 @@ class Bars:
 
     def note(self, message: str) -> None:
         """A line of its own."""
-        self._console.print(f"[dim]·[/dim] {message}", soft_wrap=True)
+        from rich.markup import escape
+
+        self._console.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
 
     def start(self, label: str, total: int | None, unit: str) -> None:
         """A new bar."""

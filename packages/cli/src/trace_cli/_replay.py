@@ -37,9 +37,9 @@ def replay(context: click.Context, file: str) -> Any:
     known = {parameter.name for parameter in command.params}
     if unknown := sorted(set(options) - known):
         raise click.ClickException(f"{file}: {name} has no option {', '.join(unknown)}")
-    for parameter in command.params:
-        if parameter.multiple and parameter.name in options:  # type: ignore[attr-defined]
-            options[parameter.name] = tuple(options[parameter.name])
     with command.make_context(name, [], parent=context, resilient_parsing=True) as inner:
-        inner.params = {**inner.params, **options}
+        for parameter in command.params:
+            if parameter.name in options:
+                # As if typed: a hand-edited file is checked like a command line.
+                inner.params[parameter.name] = parameter.type_cast_value(inner, options[parameter.name])
         return inner.invoke(command)

@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     # A spinning OpenMP barrier costs a factor of ten on a machine that does anything else at the same time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        cli.main(args=arguments, prog_name="trace", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        # Outside its standalone mode click returns the code of an Exit instead of raising it.
+        code = cli.main(args=arguments, prog_name="trace", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -36,7 +36,7 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
     trace query --index runs/quickstart --text "What made the model say this?"
     """
     from attribute import build_index
-    from attribute.index import refuse_finished
+    from attribute.run import refuse_finished
     from trace_cli._config import index_config
     from trace_cli._progress import Bars
     from trace_cli._replay import save_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,15 +55,30 @@ def command(index: str, model: str, queries: str | None, texts: tuple[str, ...],
     elif texts:
         _ask(asker, list(texts), query, options)
     else:
-        while text := click.prompt("text", default="", show_default=False, err=True):
+        _converse(asker, query, options)
+
+
+def _converse(asker: Asker, query: QueryConfig, options: dict[str, Any]) -> None:
+    from attribute import DataError
+
+    while True:
+        if sys.stdin.isatty():
+            text = click.prompt("text", default="", show_default=False, err=True)
+        else:
+            text = sys.stdin.readline().strip()
+        if not text:
+            return
+        try:
             _ask(asker, [text], query, options)
+        except DataError as error:  # the next text may be better
+            click.echo(f"error: {error}", err=True)
 
 
 def _ask(asker: Asker, texts: list[str], query: QueryConfig, options: dict[str, Any]) -> None:
     from attribute import DataConfig
 
     records = [{"text": text} for text in texts]
-    _show(asker.ask(records, query, DataConfig(truncation=True)), records, options)
+    _show(asker.ask(records, query, DataConfig(truncation=asker.config.data.truncation)), records, options)
 
 
 def _show(found: Attribution, queries: list[dict[str, Any]], options: dict[str, Any]) -> None:
