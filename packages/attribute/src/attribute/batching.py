@@ -57,7 +57,7 @@ def assemble(tokens: TokenFile, rows: Sequence[int] | np.ndarray, device: torch.
     ids = np.zeros((len(lengths), width), dtype=np.int64)
     labels = np.full((len(lengths), width), IGNORE, dtype=np.int64)
     for place, row in enumerate(rows):
-        found = tokens.ids(row)
+        found = tokens.ids(row).astype(np.int64)  # unsigned on disk, and −100 is not
         ids[place, : len(found)] = found
         labels[place, : len(found)] = np.where(tokens.labelled(row), found, IGNORE)
     return Batch(

@@ -169,7 +169,8 @@ def _announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> No
 def _left_out(left_out: Iterable[Any], head: int) -> str:
     by_reason: dict[str, int] = {}
     for each in left_out:
-        by_reason[each.kind] = by_reason.get(each.kind, 0) + each.floats
+        kind = "biases" if each.parameters == ("bias",) else each.kind
+        by_reason[kind] = by_reason.get(kind, 0) + each.floats
     if head:
         by_reason["output embedding"] = head
     return ", ".join(f"{kind} {floats:,}" for kind, floats in by_reason.items())

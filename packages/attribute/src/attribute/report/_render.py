@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
         unfinished.write_text(page, encoding="utf-8", errors="replace")
         unfinished.replace(target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            unfinished.unlink()
         raise RunError(f"the report cannot be written to {target}: {error.strerror}") from error
     return target
 
@@ -113,6 +115,7 @@ def figure(score: float) -> str:
     >>> figure(0.5512), figure(-12345.0)
     ('0.551', '−1.23e+04')
     """
+    score += 0.0  # turns −0 into 0
     plain = score == 0 or 1e-2 <= abs(score) < 1e3
     return (f"{score:.3f}" if plain else f"{score:.2e}").replace("-", "−", int(score < 0))
 

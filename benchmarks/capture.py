@@ -1,0 +1,85 @@
+"""Capture against its floor: tokens/s of three ways through the same batches, in one run, medians.
+
+(a) transformers' own forward and backward with weight gradients and whole logits,
+(b) the floor: frozen weights, graph rooted at the embedding output, fused loss head, nothing captured,
+(c) capture: the same with a two-sided sketch of every linear layer.
+
+    uv run python benchmarks/capture.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from _setup import articles, assets, interleaved, pythia_14m
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--length", type=int, default=512, help="longest document in tokens")
+    parser.add_argument("--side", type=int, default=16)
+    parser.add_argument("--budget", type=int, default=4096, help="padded tokens a batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+
+    import numpy as np
+    import torch
+    from attribute.batching import plan_batches
+    from gradcore import CapturePlan, GradientCollector, TwoSided, per_example_loss
+    from tokenizers import Tokenizer
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer = Tokenizer.from_file(str(assets() / "tokenizers" / "gpt-neox-20b" / "tokenizer.json"))
+    ids = [tokenizer.encode(text).ids[: options.length] for text in articles(options.documents)]
+    lengths = np.array([len(each) for each in ids])
+    batches = []
+    for rows in plan_batches(lengths, np.arange(len(ids)), options.budget):
+        inputs = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+        labels = torch.full_like(inputs, -100)
+        for place, row in enumerate(rows):
+            inputs[place, : lengths[row]] = labels[place, : lengths[row]] = torch.tensor(ids[row])
+        batches.append((inputs, labels))
+
+    model = pythia_14m()
+    base, head = model.base_model, model.get_output_embeddings()
+    plan = CapturePlan.for_model(base, sketch=TwoSided(options.side))
+
+    def plain() -> None:
+        for inputs, labels in batches:
+            model.zero_grad()
+            model(inputs, labels=labels, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    def floor() -> None:
+        model.requires_grad_(False)
+        for inputs, labels in batches:
+            embedded = base.get_input_embeddings()(inputs).detach().requires_grad_()
+            hidden = base(inputs_embeds=embedded, use_cache=False)[0]
+            per_example_loss(hidden, head.weight, labels).sum().backward()
+        model.requires_grad_(True)
+
+    def capture() -> None:
+        with GradientCollector(base, plan) as collector:
+            for inputs, labels in batches:
+                hidden = base(inputs, use_cache=False)[0]
+                per_example_loss(hidden, head.weight, labels).sum().backward()
+                collector.take()
+
+    seconds = interleaved({"plain": plain, "floor": floor, "capture": capture}, options.repeats)
+    rates = {name: round(float(lengths.sum()) / each) for name, each in seconds.items()}
+    result = {
+        "tokens": int(lengths.sum()),
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": rates,
+        "capture/floor": round(seconds["floor"] / seconds["capture"], 3),
+        "capture/plain": round(seconds["plain"] / seconds["capture"], 2),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
