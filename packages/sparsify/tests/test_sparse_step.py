@@ -6,7 +6,7 @@ from dense_reference import dense_losses, gradients
 from torch.testing import assert_close
 
 from sparsify import ConfigError, DataError, SaeConfig, SparseCoder
-from sparsify._select import Above, BatchTopK
+from sparsify._select import Above, BatchTopK, row_topk
 from sparsify._sparse import Routes, bag, bag_by_pieces, chosen_products
 
 CASES = {
@@ -130,6 +130,18 @@ def test_blocks_do_not_change_anything(monkeypatch):
     assert_close(blocked.sae_out, whole.sae_out, rtol=1e-12, atol=1e-12)
     for a, b in zip(gradients(blocked.fvu, coder), gradients(whole.fvu, coder)):
         assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("width", "k"), [(2048, 32), (90, 3), (97, 5), (64, 64), (1024, 300), (4096, 1)])
+def test_row_topk_is_topk(width, k, threads):
+    torch.set_num_threads(threads)
+    block = torch.randn(300, width, dtype=torch.float64)  # no ties
+    values, indices = row_topk(block, k)
+    assert_close(values.sort(1, descending=True).values, block.topk(k).values, rtol=0, atol=0)
+    assert torch.equal(indices.sort(1).values, block.topk(k).indices.sort(1).values)
+    assert torch.equal(block.gather(1, indices), values)
+    assert torch.equal(row_topk(block, k, in_order=True)[1], block.topk(k).indices)
 
 
 def test_batchtopk_widens_until_exact():

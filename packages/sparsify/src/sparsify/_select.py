@@ -7,9 +7,12 @@ sweep). Rules choose; they are not differentiated. What the chosen products beco
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,8 +49,7 @@ class TopK:
 
     def take(self, block: Tensor) -> Selection:
         """One partial sort per row."""
-        values, indices = block.topk(self.k, dim=-1, sorted=self.in_order)
-        return Selection(values, indices, None)
+        return Selection(*row_topk(block, self.k, in_order=self.in_order), None)
 
     def finish(self, parts: Sequence[Selection]) -> Selection:
         """Rows are independent."""
@@ -80,7 +82,7 @@ class Among:
 
     def take(self, block: Tensor) -> Selection:
         """Gather the subset's columns, then a partial sort."""
-        values, within = block.index_select(-1, self.latents).topk(self.k, dim=-1, sorted=False)
+        values, within = row_topk(block.index_select(-1, self.latents), self.k)
         return Selection(values, self.latents[within], None)
 
     def finish(self, parts: Sequence[Selection]) -> Selection:
@@ -125,8 +127,7 @@ class BatchTopK:
 
     def take(self, block: Tensor) -> Selection:
         """The row's candidates."""
-        values, indices = block.topk(self.width, dim=-1, sorted=True)
-        return Selection(values, indices, None)
+        return Selection(*row_topk(block, self.width, in_order=True), None)
 
     def finish(self, parts: Sequence[Selection]) -> Selection | None:
         """Keep the k·N best positive candidates, or widen."""
@@ -144,6 +145,56 @@ class BatchTopK:
         keep = int(valid.sum(-1).max())
         valid = valid[:, :keep]
         return Selection(offered.values[:, :keep].masked_fill(~valid, 0.0), offered.indices[:, :keep], valid)
+
+
+def row_topk(block: Tensor, k: int, *, in_order: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, exactly as torch.topk up to ties, and on a CPU three to four times as fast.
+
+    The k largest of a row lie in the k groups with the largest maxima, so a maximum per group (one vectorised pass)
+    leaves k · g candidates of M. Both selections are numpy's vectorised quickselect: torch.topk visits (value, index)
+    pairs one by one, at M = 2,048 three times as long as the encoder's product takes.
+    """
+    width = block.shape[-1]
+    if block.device.type != "cpu" or block.dtype not in (torch.float32, torch.float64) or 2 * k > width:
+        values, indices = block.topk(k, dim=-1, sorted=in_order)
+        return values, indices
+    groups = _group_size(width, k)
+    if groups == 1:
+        indices = _partition(block, k)
+        values = block.gather(-1, indices)
+    else:
+        # Groups are strided, so that the maximum runs over whole vectors.
+        best = _partition(block.view(-1, groups, width // groups).amax(1), k)
+        offsets = torch.arange(0, width, width // groups)
+        candidates = (best[:, None, :] + offsets[:, None]).flatten(1)
+        held = block.gather(-1, candidates)
+        chosen = _partition(held, k)
+        values, indices = held.gather(-1, chosen), candidates.gather(-1, chosen)
+    if in_order:
+        values, order = values.sort(-1, descending=True)
+        indices = indices.gather(-1, order)
+    return values, indices
+
+
+def _group_size(width: int, k: int) -> int:
+    """M / g + k · g numbers are partitioned, least at g = √(M / k)."""
+    fitting = [g for g in (2, 4, 8, 16, 32) if width % g == 0 and width // g >= 2 * k]
+    return min(fitting, key=lambda g: width / g + k * g, default=1)
+
+
+def _partition(block: Tensor, k: int) -> Tensor:
+    """Positions of each row's k largest, in no order, on as many threads as torch may use."""
+    rows, cut = block.detach().numpy(), block.shape[-1] - k
+    threads = min(torch.get_num_threads(), max(1, rows.size >> 17))
+    if threads == 1:
+        return torch.from_numpy(np.argpartition(rows, cut, axis=-1)[:, cut:])
+    parts = _pool(threads).map(lambda part: np.argpartition(part, cut, axis=-1)[:, cut:], np.array_split(rows, threads))
+    return torch.from_numpy(np.concatenate(list(parts)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sparsify-topk")
 
 
 def joined(parts: Sequence[Selection]) -> Selection:

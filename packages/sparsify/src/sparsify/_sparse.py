@@ -51,8 +51,13 @@ class Routes:
                 latent, order = torch.sort(flat[entry], stable=True)
                 entry = entry[order]
             bounds = torch.arange(self.latents, device=flat.device)
-            self._by_latent = entry, entry // self.indices.shape[1], torch.searchsorted(latent, bounds)
+            self._by_latent = entry, self.owners()[entry], torch.searchsorted(latent, bounds)
         return self._by_latent
+
+    def owners(self) -> Tensor:
+        """The token of each entry, as the entries lie."""
+        n, width = self.indices.shape
+        return torch.arange(n, device=self.indices.device).repeat_interleave(width)
 
     def sum_by_latent(self, weights: Tensor, rows: Tensor) -> Tensor:
         """(M, D): for each latent, Σ over its entries of weight times the token's row."""
@@ -86,9 +91,8 @@ class Routes:
         # The gradient of an embedding bag with respect to its weights: gathers each row once and keeps nothing.
         flat = self.indices.flatten()
         begin = torch.arange(0, max(n * width, 1), max(width, 1), device=flat.device)
-        owner = torch.arange(n, device=flat.device).repeat_interleave(width)
         product = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return self.masked(product(tokens.contiguous(), rows, flat, begin, owner, 0).view(n, width))
+        return self.masked(product(tokens.contiguous(), rows, flat, begin, self.owners(), 0).view(n, width))
 
     def masked(self, weights: Tensor) -> Tensor:
         """The weights with padding at zero."""
