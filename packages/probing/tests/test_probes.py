@@ -173,7 +173,7 @@ def test_the_cached_path_knows_every_unit(unit):
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "t5", "opt"])
 def test_the_cached_path_runs_several_blocks_and_streams(kind):
     model, data = task(kind)
-    both = {"gpt2": "transformer.h.*.mlp.c_*", "bert": "encoder.layer.*.output.dense", "llama": "model.layers.*.mlp.*_proj",
+    both = {"gpt2": "transformer.h.*.mlp.c_*", "bert": "encoder.layer.*.output.dense", "llama": "*.layers.*.mlp.*_proj",
             "t5": "decoder.block.*.layer.2.DenseReluDense.w*", "opt": "model.decoder.layers.*.fc*"}[kind]  # fmt: skip
     probe = circuit_probe(model, kind, "mlp", "stream", sites=both)
     fast, slow = Prefix(probe, data), FullModel(probe, data)
