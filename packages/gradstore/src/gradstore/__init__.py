@@ -13,6 +13,8 @@ from gradstore._errors import (
     StoreUnwritable,
 )
 from gradstore._manifest import Side
+from gradstore._merge import merge
+from gradstore._repair import RepairReport, repair
 from gradstore._search import SearchResult, scores, search
 from gradstore._store import GradientStore
 from gradstore._verify import StoreInfo, VerifyReport, info, verify
@@ -22,6 +24,7 @@ __all__ = [
     # write
     "StoreWriter",
     "Side",
+    "merge",
     # read
     "GradientStore",
     # search
@@ -33,6 +36,8 @@ __all__ = [
     "VerifyReport",
     "info",
     "StoreInfo",
+    "repair",
+    "RepairReport",
     # errors
     "GradStoreError",
     "InvalidInput",

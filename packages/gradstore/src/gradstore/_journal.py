@@ -37,17 +37,24 @@ def read_journal(store: Path, expected: str | None) -> tuple[dict[str, Entry], i
     path = store / NAME
     raw = path.read_bytes() if path.exists() else b""
     if expected is not None and checksum(raw) != expected:
-        raise StoreCorrupt(f"{path}: the journal is damaged or missing. Restore it from a copy of the store.")
+        raise StoreCorrupt(f"{path}: the journal is damaged or missing. Restore it from a copy, or run repair.")
     sound = raw.rfind(b"\n") + 1
     entries: dict[str, Entry] = {}
     for number, line in enumerate(raw[:sound].splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            entry = Entry(fields["file"], fields["bytes"], fields["xxh3_128"])
-        except (ValueError, KeyError, TypeError):
-            raise StoreCorrupt(f"{path}: line {number} is damaged. Restore the journal from a copy.") from None
+        entry = parse_line(line)
+        if entry is None:
+            raise StoreCorrupt(f"{path}: line {number} is damaged. Restore it from a copy, or run repair.")
         entries[entry.file] = entry
     return entries, sound
+
+
+def parse_line(line: bytes) -> Entry | None:
+    """The entry of a line, or None if it can't be read."""
+    try:
+        fields = json.loads(line)
+        return Entry(str(fields["file"]), int(fields["bytes"]), str(fields["xxh3_128"]))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Journal:

@@ -66,7 +66,7 @@ class Manifest:
 
     def span(self, shard: int) -> tuple[int, int]:
         """First and one-past-last row of a shard."""
-        start = shard * self.rows_per_shard
+        start = min(shard * self.rows_per_shard, self.rows)
         return start, min(start + self.rows_per_shard, self.rows)
 
     def sealed(self, journal: str) -> Manifest:

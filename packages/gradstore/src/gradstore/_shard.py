@@ -60,15 +60,17 @@ def map_file(store: Path, entry: Entry, *, verify: bool) -> mmap.mmap:
             if size != entry.bytes:
                 raise StoreCorrupt(
                     f"{path}: {size} bytes on disk, {entry.bytes} in the journal; the file was cut or overwritten. "
-                    "Restore it from a copy, or rebuild the store."
+                    "Restore it from a copy, or run repair and resume."
                 )
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise StoreCorrupt(f"{path}: missing, though the journal says it was written. Restore it or rebuild.") from None
+        raise StoreCorrupt(
+            f"{path}: missing, though the journal says it was written. Restore it, or run repair and resume."
+        ) from None
     if verify and (found := checksum(memoryview(view))) != entry.checksum:
         raise StoreCorrupt(
             f"{path}: checksum {found}, the journal says {entry.checksum}; bytes changed after they were written. "
-            "Restore the file from a copy, or rebuild the store."
+            "Restore it from a copy, or run repair and resume."
         )
     return view
 

@@ -151,7 +151,7 @@ class GradientStore:
         out = np.empty(shape, SIDE_DTYPES[spec.dtype])
         for shard in range(self.manifest.shards):
             start, stop = self.manifest.span(shard)
-            out[start:stop] = self._tensors(shard)[name]
+            out[start:stop] = self.tensors(shard)[name]
         return out
 
     def data(self, index: int) -> dict[str, Any]:
@@ -195,9 +195,10 @@ class GradientStore:
         return int(index)
 
     def _shard_block(self, shard: int, *, keep: bool = True) -> Block:
-        return Block(self.manifest.span(shard)[0], self._tensors(shard, keep=keep), self.layout)
+        return Block(self.manifest.span(shard)[0], self.tensors(shard, keep=keep), self.layout)
 
-    def _tensors(self, shard: int, *, keep: bool = True) -> dict[str, NDArray[np.generic]]:
+    def tensors(self, shard: int, *, keep: bool = True) -> dict[str, NDArray[np.generic]]:
+        """A shard's tensors as they lie in its file, over the memory map."""
         file = shard_file(shard)
         tensors = shard_tensors(self._map(file, keep=keep), self.path / file)
         start, stop = self.manifest.span(shard)

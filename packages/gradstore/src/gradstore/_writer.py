@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -171,17 +172,42 @@ class StoreWriter:
         self._queue.put(job)
         self._accepted.add(shard_index)
 
-    def write_data(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_stored(self, shard_index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard whose tensors another store of the same layout holds, encoded as they are."""
+        self._raise_pending_error()
+        self._accepted.add(shard_index)
+        self._write_tensors(shard_index, tensors)
+
+    def adopt(self, file: str, source: Path, entry: Entry) -> None:
+        """Take over a finished file of another store, by hard link if the file system allows, else by copy."""
+        self._raise_pending_error()
+        if file in self._journal.entries:
+            return
+        target = self.path / file
+        temp = target.with_name(target.name + TEMP_SUFFIX)
+        try:
+            os.link(source, temp)
+        except OSError:
+            with open(source, "rb") as stream:
+                write_atomic(target, iter(lambda: stream.read(1 << 24), b""))
+        else:
+            with write_errors(target):
+                os.replace(temp, target)
+                sync_folder(target.parent)
+        self._journal.add(Entry(file, entry.bytes, entry.checksum))
+        self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
+
+    def write_data(self, rows: Iterable[Mapping[str, Any]], *, first_shard: int = 0) -> None:
         """Store the dataset rows, once, before or after the gradients.
 
         Call it again after a crash with the same rows: shards of text that are there are compared, not rewritten, and a
-        dataset that changed in between is refused.
+        dataset that changed in between is refused. With `first_shard`, `rows` begin where that shard begins.
         """
         self._raise_pending_error()
         if not self.manifest.data:
             raise InvalidInput(f"{self.path}: the store was created with data=False.")
-        total = 0
-        for shard, (count, *parts) in enumerate(encode_rows(rows, self.manifest.rows_per_shard)):
+        total = self.manifest.span(first_shard)[0]
+        for shard, (count, *parts) in enumerate(encode_rows(rows, self.manifest.rows_per_shard), first_shard):
             start, stop = self.manifest.span(shard)
             total += count
             if shard >= self.manifest.shards or total != stop:
@@ -243,6 +269,8 @@ class StoreWriter:
             if side[name].shape != shape:
                 raise InvalidInput(f"Side column {name!r} has shape {side[name].shape}; expected {shape}.")
             array = np.array(side[name], _manifest.SIDE_DTYPES[spec.dtype])
+            if array.dtype.kind == "i" and not np.array_equal(array, side[name]):
+                raise InvalidInput(f"Side column {name!r} holds values that are not {spec.dtype} numbers.")
             finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
             if not finite.all():
                 raise InvalidInput(f"Row {start + int(np.argmin(finite))}: side column {name!r} is not finite.")
@@ -260,8 +288,11 @@ class StoreWriter:
     def _write_shard(self, shard: int, rows: NDArray[np.float32], side: dict[str, Tensor]) -> None:
         tensors = self._layout.encode(rows)
         self._require_finite(tensors, rows, self.manifest.span(shard)[0])
+        self._write_tensors(shard, {**tensors, **side})
+
+    def _write_tensors(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
         file = shard_file(shard)
-        size, digest = write_atomic(self.path / file, shard_parts({**tensors, **side}))
+        size, digest = write_atomic(self.path / file, shard_parts(tensors))
         self._journal.add(Entry(file, size, digest))
 
     def _require_finite(self, tensors: Mapping[str, Tensor], rows: NDArray[np.float32], start: int) -> None:
@@ -307,7 +338,7 @@ class StoreWriter:
             if size != entry.bytes:
                 raise StoreCorrupt(
                     f"{path}: {'missing' if size is None else f'{size} bytes'}; the journal says {entry.bytes} bytes. "
-                    "Restore it from a copy, or build the store anew."
+                    "Restore it from a copy, or run repair, then resume."
                 )
         for path in [*self.path.glob("*/*"), *self.path.glob(f"*{TEMP_SUFFIX}")]:
             if path.relative_to(self.path).as_posix() not in self._journal.entries:

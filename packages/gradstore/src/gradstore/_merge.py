@@ -1,0 +1,137 @@
+"""`merge`: stores of equal plans become one, byte for byte the store that one writer would have made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradstore._data import data_files
+from gradstore._encodings import Stored, Tensor
+from gradstore._errors import InvalidInput, StoreExists
+from gradstore._manifest import NAME, as_json, load_manifest, require_same_plan
+from gradstore._shard import CARRIERS
+from gradstore._store import GradientStore
+from gradstore._writer import StoreWriter, shard_file
+
+_DTYPES = {np.dtype(carrier): name for name, carrier in CARRIERS.items()}
+
+
+def merge(
+    sources: Sequence[str | Path], path: str | Path, *, meta: Any = None, rows_per_shard: int | None = None
+) -> GradientStore:
+    """Put the rows of finished stores behind one another in a new store.
+
+    Example:
+        >>> merge(["runs/rank0", "runs/rank1"], "runs/all")  # what each rank wrote on its own
+        >>> merge(["runs/all", "runs/new"], "runs/longer")  # append
+
+    Args:
+        sources: Finished stores with the same plan, columns, encoding and side columns; row order is theirs, in turn.
+        path: A new folder; or what a killed merge of the same stores left, which is then continued.
+        meta: JSON of the new store; may be left out if all sources have the same.
+        rows_per_shard: As for `StoreWriter.create`; default: that of the first source.
+
+    Encoded rows are copied, never decoded. A shard that stays whole is hard-linked where the file system allows, so
+    that appending costs the new rows only.
+    """
+    if not sources:
+        raise InvalidInput("merge needs one store or more.")
+    stores = [GradientStore.open(source) for source in sources]
+    _require_alike(stores)
+    if meta is None:
+        if any(store.meta != stores[0].meta for store in stores):
+            raise InvalidInput("The stores differ in their meta. Say what the merged store shall have: meta=….")
+        meta = stores[0].meta
+    with _target(stores, Path(path), meta, rows_per_shard or stores[0].manifest.rows_per_shard) as writer:
+        if writer.data_pending:
+            _merge_data(stores, writer)
+        for shard, start, stop in writer.pending:
+            if whole := _whole(stores, start, stop):
+                store, number = whole
+                writer.adopt(shard_file(shard), store.path / shard_file(number), store.entries[shard_file(number)])
+            else:
+                writer.write_stored(shard, _gather(stores, start, stop))
+    return GradientStore.open(path)
+
+
+def _target(stores: Sequence[GradientStore], path: Path, meta: Any, rows_per_shard: int) -> StoreWriter:
+    first = stores[0].manifest
+    if (path / NAME).exists():
+        there = load_manifest(path)
+        same = (there.rows, there.rows_per_shard, there.meta) == (
+            sum(store.rows for store in stores),
+            rows_per_shard,
+            as_json(meta, "meta"),
+        )
+        if there.complete or not same:
+            raise StoreExists(f"{path}: holds another store already. Choose a new folder for the merged one.")
+        return StoreWriter.resume(path, plan=first.plan)
+    return StoreWriter.create(
+        path,
+        rows=sum(store.rows for store in stores),
+        columns=first.columns,
+        plan=first.plan,
+        meta=meta,
+        dtype=first.dtype,
+        rows_per_shard=rows_per_shard,
+        side_columns=first.side,
+        data=first.data,
+    )
+
+
+def _require_alike(stores: Sequence[GradientStore]) -> None:
+    first = stores[0]
+    for store in stores[1:]:
+        require_same_plan(first.plan, store.plan, f"{store.path} beside {first.path}")
+        for field in ("dtype", "columns", "side", "data"):
+            here, there = (getattr(s.manifest, field) for s in (first, store))
+            if here != there or (field == "columns" and list(here) != list(there)):
+                raise InvalidInput(f"{store.path}: {field} is {there}, but {first.path} has {here}.")
+
+
+def _pieces(stores: Sequence[GradientStore], start: int, stop: int) -> Iterator[tuple[GradientStore, int, int]]:
+    """Rows `start` to `stop` of the merged store as rows of the sources."""
+    offset = 0
+    for store in stores:
+        first, last = max(start - offset, 0), min(stop - offset, store.rows)
+        if first < last:
+            yield store, first, last
+        offset += store.rows
+
+
+def _whole(stores: Sequence[GradientStore], start: int, stop: int) -> tuple[GradientStore, int] | None:
+    """The source shard that holds exactly these rows, if one does."""
+    pieces = list(_pieces(stores, start, stop))
+    if len(pieces) != 1:
+        return None
+    store, first, last = pieces[0]
+    number = first // store.manifest.rows_per_shard
+    return (store, number) if store.manifest.span(number) == (first, last) else None
+
+
+def _gather(stores: Sequence[GradientStore], start: int, stop: int) -> dict[str, Tensor]:
+    parts: dict[str, list[Stored]] = {}
+    for store, first, last in _pieces(stores, start, stop):
+        per_shard = store.manifest.rows_per_shard
+        for shard in range(first // per_shard, -(-last // per_shard)):
+            offset = shard * per_shard
+            for name, array in store.tensors(shard).items():
+                parts.setdefault(name, []).append(array[max(first - offset, 0) : last - offset])
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: Tensor(_DTYPES[array.dtype], array) for name, array in joined.items()}
+
+
+def _merge_data(stores: Sequence[GradientStore], writer: StoreWriter) -> None:
+    manifest = writer.manifest
+    shard = 0
+    while shard < manifest.shards and (whole := _whole(stores, *manifest.span(shard))):
+        store, number = whole
+        for file, source in zip(data_files(shard), data_files(number)):
+            writer.adopt(file, store.path / source, store.entries[source])
+        shard += 1
+    start = manifest.span(shard)[0]
+    rest = (store.data(i) for store, a, b in _pieces(stores, start, manifest.rows) for i in range(a, b))
+    writer.write_data(rest, first_shard=shard)
