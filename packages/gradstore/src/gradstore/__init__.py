@@ -12,6 +12,7 @@ from gradstore._errors import (
     StoreNotFound,
     StoreUnwritable,
 )
+from gradstore._faiss import FaissConfig, FaissIndex, RowTransform
 from gradstore._manifest import Side
 from gradstore._merge import merge
 from gradstore._repair import RepairReport, repair
@@ -31,6 +32,9 @@ __all__ = [
     "search",
     "scores",
     "SearchResult",
+    "FaissIndex",
+    "FaissConfig",
+    "RowTransform",
     # check
     "verify",
     "VerifyReport",

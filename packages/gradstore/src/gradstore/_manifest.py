@@ -69,6 +69,11 @@ class Manifest:
         start = min(shard * self.rows_per_shard, self.rows)
         return start, min(start + self.rows_per_shard, self.rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the manifest, and so, in a finished store, of everything in it."""
+        return checksum(self.render())
+
     def sealed(self, journal: str) -> Manifest:
         """The manifest of the finished store, bound to its journal's checksum."""
         return replace(self, complete=True, journal=journal)

@@ -139,7 +139,7 @@ class _Scorer:
         self._bits = _check_bits(store, bits)
         self._cos = metric == "cos"
         self._modules = store.select(modules)
-        chosen = _check_queries(store, queries, metric)
+        chosen = check_queries(store, queries, metric)
         if self._modules is not None:
             chosen = np.concatenate([chosen[:, store.layout.slices[m]] for m in self._modules], axis=1)
         self._exact = chosen.astype(np.float64)
@@ -220,7 +220,8 @@ def _check_bits(store: GradientStore, bits: int | None) -> int | None:
     return bits
 
 
-def _check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> F32:
+def check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> F32:
+    """Queries as float32 [q, width], or the reason why they are none."""
     if metric not in ("dot", "cos"):
         raise InvalidInput(f"Unknown metric {metric!r}; known: 'dot', 'cos'.")
     if queries.ndim != 2 or queries.shape[1] != store.width:
