@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from attribute._errors import DataError
 from attribute.demo._wordings import RELATIONS
 from attribute.demo.corpus import NO_FACT, demo_corpus
 from attribute.methods.bm25 import BM25, words
@@ -99,3 +100,18 @@ def test_rows_are_handed_over_as_a_dataset_wants_them(corpus):
     assert corpus.records[3] == {"text": corpus.documents[3].text, "fact": corpus.documents[3].fact}
     query = corpus.queries[0]
     assert query.record["prompt"] + query.record["completion"] == query.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"people": 5, "names": 2}, "people=5, but .* 1 to 4"),
+        ({"people": 4, "names": 2, "queries": 17}, "queries=17, but .* 1 to 16"),
+        ({"tellings": 8}, "tellings=8, but .* 1 to 7"),
+        ({"names": 200}, "no 200 different surnames"),
+        ({"small_talk": 10**4}, "no 10000 different sentences of small talk"),
+    ],
+)
+def test_more_than_the_world_has_is_refused(asked, message):
+    with pytest.raises(DataError, match=message):
+        demo_corpus(**asked)

@@ -13,7 +13,8 @@ import json
 from dataclasses import asdict, dataclass
 from random import Random
 
-from attribute.demo._names import first_names, surnames, towns
+from attribute._errors import DataError
+from attribute.demo._names import different, first_names, surnames, towns
 from attribute.demo._wordings import COLOURS, RELATIONS, SMALL_TALK, SPANS, Relation
 
 NO_FACT = -1
@@ -111,7 +112,18 @@ def demo_corpus(
         tellings: wordings in which a fact is stated, of eight.
         queries: how many of the facts are asked for, drawn at random.
         small_talk: documents that state no fact.
+
+    Raises:
+        DataError: more of something than this world has.
     """
+    wordings = min(len(relation.wordings) for relation in RELATIONS)
+    for what, asked_for, most in (
+        ("people", people, names**2),
+        ("queries", queries, len(RELATIONS) * people),
+        ("tellings", tellings, wordings - 1),
+    ):
+        if not 1 <= asked_for <= most:
+            raise DataError(f"{what}={asked_for}, but with these names and people there can be 1 to {most}")
     generator = Random(seed)
     first, last = first_names(generator, names), surnames(generator, names)
     pools = {relation.name: relation.answers or tuple(towns(generator, 24)) for relation in RELATIONS}
@@ -168,15 +180,15 @@ def _deal(generator: Random, pool: tuple[str, ...], count: int) -> list[str]:
 
 def _small_talk(generator: Random, first: list[str], last: list[str], count: int) -> list[str]:
     """Different sentences about the same people that state none of their facts."""
-    said: dict[str, None] = {}  # in the order drawn
-    while len(said) < count:
+
+    def draw() -> str:
         one, other = generator.sample(first, 2)
-        sentence = generator.choice(SMALL_TALK).format(
+        return generator.choice(SMALL_TALK).format(
             first=one,
             other=other,
             surname=generator.choice(last),
             span=generator.choice(SPANS),
             colour=generator.choice(COLOURS),
         )
-        said.setdefault(sentence)
-    return list(said)
+
+    return different(count, draw, "sentences of small talk")

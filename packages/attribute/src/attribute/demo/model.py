@@ -145,6 +145,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _publish(unfinished: Path, folder: Path) -> None:
     """Rename into place: readers see nothing or everything. Who comes second in a race keeps the first one's."""
+    for file in unfinished.iterdir():  # or a power cut could leave the name without the bytes
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
     try:
         unfinished.rename(folder)
     except OSError:
