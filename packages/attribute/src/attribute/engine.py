@@ -103,7 +103,7 @@ def _run_batch(
     if not finite.all():
         row = int(rows[int((~finite).nonzero()[0])])
         raise ModelError(
-            f"row {row} has loss {float(losses[~finite][0])}: the model overflows on it (--precision fp32?)"
+            f"row {row} has loss {losses[~finite][0].item()}: the model overflows on it (--precision fp32?)"
         )
     losses.sum().backward()
     labelled = (batch.labels != -100).sum(1).cpu().numpy()
