@@ -1,5 +1,6 @@
 """Which subnetwork of a transformer computes a variable: circuit and subnetwork probes."""
 
+from probing import beside, evaluate
 from probing._circuit import CircuitModel
 from probing._configs import CircuitConfig, CircuitProbeConfig, ResidualUpdateModelConfig, SubnetworkProbeConfig
 from probing._data import ProbeData
@@ -27,6 +28,8 @@ __all__ = [
     "Site",
     "find_sites",
     "Readout",
+    "beside",
+    "evaluate",
     "ProbingError",
     "ConfigError",
     "ReadoutError",

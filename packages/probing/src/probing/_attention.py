@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_SHORT = 16
+
 
 class HeadRows(Exception):
     """Carries head outputs of the probed positions, [R, heads·head_dim], out of a model that expects all of them."""
@@ -56,9 +58,17 @@ def _attend(
     rows, heads, positions, width = query.shape
     own, seen = key.shape[1], key.shape[2]
     each = torch.arange(rows, device=query.device)
-    q = query[each, :, at].view(rows, own, heads // own, width)  # [R, kv heads, group, d]
-    q = q * (width**-0.5 if scaling is None else scaling)
-    scores = torch.matmul(q, key.transpose(-1, -2))  # [R, kv heads, group, S]
+    first = int(at[0])
+    q = query[:, :, first] if bool((at == first).all()) else query[each, :, at]  # a slice is cheap, also backwards
+    q = q.reshape(rows, own, heads // own, width) * (
+        width**-0.5 if scaling is None else scaling
+    )  # [R, kv heads, group, d]
+    # Batched products of such small matrices cost 2.6 times the plain sums (measured at 500 rows, 3 positions).
+    short = seen <= _SHORT
+    if short:
+        scores = (q.unsqueeze(-2) * key.unsqueeze(2)).sum(-1)  # [R, kv heads, group, S]
+    else:
+        scores = torch.matmul(q, key.transpose(-1, -2))
     if mask is not None:
         shown = mask.expand(rows, -1, -1, -1)[each, :, at][..., :seen]  # [R, 1 | heads, S]
         shown = shown.unsqueeze(1) if shown.shape[1] == 1 else shown.view(rows, own, heads // own, seen)
@@ -66,4 +76,6 @@ def _attend(
     elif causal and positions > 1:
         future = torch.arange(seen, device=query.device) > (at + seen - positions)[:, None]
         scores = scores.masked_fill(future[:, None, None], float("-inf"))
-    return torch.matmul(scores.softmax(-1), value).reshape(rows, heads * value.shape[-1])
+    weights = scores.softmax(-1)
+    found = (weights.unsqueeze(-1) * value.unsqueeze(2)).sum(-2) if short else torch.matmul(weights, value)
+    return found.reshape(rows, heads * value.shape[-1])

@@ -136,4 +136,4 @@ def check_labels(labels: Tensor) -> None:
 
 def take(value: Any, rows: Tensor) -> Any:
     """Rows of every tensor in a mapping."""
-    return {name: tensor[rows] for name, tensor in value.items()}
+    return {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in value.items()}

@@ -109,9 +109,9 @@ class Prefix:
         index = self.data.positions_of(rows) if self._selects == "root" else rows
         index = index.to(self.data.token_mask.device)
         with self.probe.circuit.applied(), ExitStack() as stack:
-            for path, value in _map_rows(self._stored, lambda stored: stored[index]).items():
+            for path, value in _map_rows(self._stored, lambda stored: stored.index_select(0, index)).items():
                 stack.enter_context(_forward(self._modules[path], lambda *_, value=value, **__: value))
-            return self._run(_map_rows(self._calls, lambda stored: stored[index]), rows)
+            return self._run(_map_rows(self._calls, lambda stored: stored.index_select(0, index)), rows)
 
     # Where the masks and the readout are
 
