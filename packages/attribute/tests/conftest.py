@@ -70,7 +70,9 @@ def make_model(architecture: str, seed: int = 0, **options: Any) -> Any:
         **common,
     }
     configurations: dict[str, Callable[[], Any]] = {
-        "gpt2": lambda: hf.GPT2Config(n_embd=width, n_layer=layers, n_head=heads, n_positions=CONTEXT, **common, **options),
+        "gpt2": lambda: hf.GPT2Config(
+            n_embd=width, n_layer=layers, n_head=heads, n_positions=CONTEXT, **common, **options
+        ),
         "llama": lambda: hf.LlamaConfig(num_key_value_heads=1, attention_dropout=0.1, **llama_like, **options),
         "gpt_neox": lambda: hf.GPTNeoXConfig(hidden_dropout=0.1, **llama_like, **options),
         "gemma2": lambda: hf.Gemma2Config(

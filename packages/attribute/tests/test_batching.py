@@ -83,7 +83,9 @@ def test_large_token_ids_survive(tmp_path):
 
 
 def test_the_digest_sees_ids_labels_and_borders(tmp_path):
-    digests = {write(tmp_path / str(n), ids).digest for n, ids in enumerate(([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]]))}
+    digests = {
+        write(tmp_path / str(n), ids).digest for n, ids in enumerate(([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]]))
+    }
     assert len(digests) == 3
     rows = [Row(np.array([1, 2, 3]), np.array([False, True, last]), {}) for last in (True, False)]
     assert len({TokenFileWriter(tmp_path / f"r{n}", 9).write([row]).digest for n, row in enumerate(rows)}) == 2

@@ -289,7 +289,11 @@ def test_damaged_model_folders_are_refused(damage, message, folders, tmp_path, c
 
 
 def test_models_and_devices_that_are_not_there_are_refused(folders):
-    for name, message in (("", "--model takes"), ("./nothing", "no model folder"), ("no-such-model", "cannot be loaded")):
+    for name, message in (
+        ("", "--model takes"),
+        ("./nothing", "no model folder"),
+        ("no-such-model", "cannot be loaded"),
+    ):
         with pytest.raises(ModelError, match=message):
             load_model(name)
     with pytest.raises(ModelError, match="no device 'abacus'"):

@@ -172,7 +172,10 @@ def _with(kind: Callable[[Path], Path], **options: str) -> Callable[[Path], Data
         (_with(on_disk, data_args="a=1"), "for datasets of the hub"),
         (_with(csv_file, data_args="delimiter=;"), "takes no 'delimiter'"),
         (_with(json_lines, data_args="nonsense"), "wants name=value"),
-        (lambda path: DataConfig(dataset="no-such-dataset"), "neither a local file or folder nor one that the hub gave"),
+        (
+            lambda path: DataConfig(dataset="no-such-dataset"),
+            "neither a local file or folder nor one that the hub gave",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(make, message, tmp_path):

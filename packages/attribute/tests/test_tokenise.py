@@ -100,7 +100,9 @@ def test_truncation_cuts_at_the_context(tokenizer):
 
 
 def test_a_long_document_is_refused_without_truncation_or_chunks(tokenizer):
-    with pytest.raises(DataError, match=r"row 1 has 21 tokens, the model takes 20: use --truncation .* --chunk-length 20"):
+    with pytest.raises(
+        DataError, match=r"row 1 has 21 tokens, the model takes 20: use --truncation .* --chunk-length 20"
+    ):
         rows([{"text": "s"}, {"text": "s" * 21}], tokenizer, context=20)
     assert len(rows([{"text": "s" * 21}], tokenizer, context=None)) == 1
 
@@ -198,7 +200,11 @@ def no_template(tokenizer: Any) -> Any:
         ({"text": None}, {}, "row 1, column 'text': expected text, found NoneType"),
         ({"note": "x"}, {}, "row 1, column 'text': expected text, found NoneType"),
         ({"text": "a", "answer": None}, {"completion_column": "answer"}, "row 1, column 'answer': expected text"),
-        ({"text": "a", "chat": "hello"}, {"conversation_column": "chat"}, "row 1, column 'chat' is not a list of turns"),
+        (
+            {"text": "a", "chat": "hello"},
+            {"conversation_column": "chat"},
+            "row 1, column 'chat' is not a list of turns",
+        ),
         ({"text": "a", "chat": [{"role": "user"}]}, {"conversation_column": "chat"}, "not a list of turns"),
         ({"text": "a", "chat": None}, {"conversation_column": "chat"}, "not a list of turns"),
     ],

@@ -170,6 +170,8 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 def plan_of(store: GradientStore) -> CapturePlan:
     """The capture plan a store was made with."""
+    if not isinstance(store.plan, dict) or "capture" not in store.plan:
+        raise RunError(f"{store.path} holds a gradient store that no build made: it has no capture plan")
     return CapturePlan.from_dict(store.plan["capture"])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from attribute._errors import DataError
 from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
-from attribute.data import TokenFileWriter, open_source, rows_of
+from attribute.data import Row, TokenFileWriter, open_source, rows_of
 from attribute.data.sources import Source
 from attribute.engine import gradients_of
 from attribute.index import source_of
@@ -46,10 +46,11 @@ class Asker:
             RunError: its weights are not those the index was made from.
         """
         store = GradientStore.open(index)
+        plan = plan_of(store)
         config = IndexConfig.from_dict(store.meta["config"])
         name = model or config.model
         loaded = load_model(name, precision=config.precision, device=device, revision=config.revision)
-        require_same_weights(plan_of(store), loaded.base, str(index))
+        require_same_weights(plan, loaded.base, str(index))
         return cls(store, loaded, load_tokenizer(config.tokenizer or name, config.revision), config)
 
     def ask(
@@ -77,13 +78,26 @@ class Asker:
     def gradients(self, source: Source, data: DataConfig | None = None) -> np.ndarray:
         """Gradients of the queries in the store's columns, ``[queries, width]``."""
         data = data or columns_for(source, self.config.data)
-        rows = list(rows_of(source, self.tokenizer, replace(data, chunk_length=0), self.model.context))
-        for number, row in enumerate(rows):
-            if not row.labelled.any():
-                raise DataError(f"query {number} has {len(row.ids)} tokens and so no loss: it needs at least 2")
+        whole = replace(data, chunk_length=0, max_tokens=0)
+        rows = [
+            self._fitted(row, number, data.truncation)
+            for number, row in enumerate(rows_of(source, self.tokenizer, whole, None))
+        ]
         with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
             tokens = TokenFileWriter(Path(folder), self.model.vocabulary).write(rows)
             return gradients_of(self.model, tokens, plan_of(self.store))
+
+    def _fitted(self, row: Row, number: int, truncation: bool) -> Row:
+        context = self.model.context or len(row.ids)
+        if len(row.ids) > context and not truncation:
+            raise DataError(f"query {number} has {len(row.ids)} tokens, the model takes {context}: shorten it")
+        fitted = Row(row.ids[:context], row.labelled[:context], row.record)
+        if not fitted.labelled.any():
+            raise DataError(
+                f"query {number} has {len(fitted.ids)} tokens, none with a loss: a text needs at least 2, "
+                "a completion at least 1 within the model's context"
+            )
+        return fitted
 
 
 def columns_for(source: Source, data: DataConfig) -> DataConfig:
