@@ -19,6 +19,7 @@ from sparsify._errors import (
 )
 
 if TYPE_CHECKING:
+    from sparsify._cache import ActivationCache, build_cache
     from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
     from sparsify._trainer import SaeTrainer, Trainer
 
@@ -33,6 +34,8 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "SaeTrainer",
+    "ActivationCache",
+    "build_cache",
     "SparsifyError",
     "CheckpointError",
     "ConfigError",
@@ -48,6 +51,8 @@ _LAZY = {
     "EncoderOutput": "sparsify._coder",
     "ForwardOutput": "sparsify._coder",
     "Trainer": "sparsify._trainer",
+    "ActivationCache": "sparsify._cache",
+    "build_cache": "sparsify._cache",
     "SaeTrainer": "sparsify._trainer",
 }
 

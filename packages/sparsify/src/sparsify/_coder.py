@@ -301,14 +301,19 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, y: Tensor) -> None:
-        """Set the biases from data: outputs start at the mean of y (N, Do), transcoders read inputs around x's mean.
+        """Fit what a first batch can tell: x is (N, D), y (N, Do).
 
-        JumpReLU thresholds start where 4k latents fire.
+        Outputs start at the mean of y, transcoders read inputs around x's mean, and an autoencoder's encoder is scaled
+        by the one factor that minimises the FVU (Gao et al. 2024, A.1, with the batch in place of unit vectors): the
+        activations start at the data's scale instead of spending the warm-up growing to it. JumpReLU thresholds start
+        where 4k latents fire.
         """
         x, y = self._flat(x), _rows(y).to(self.dtype)
         self.b_dec.copy_(y.mean(0))
         if self.cfg.transcode:
             self.encoder.bias.copy_(-(self.encoder.weight @ x.mean(0)))
+        elif not self.cfg.tied:
+            self._fit_scale(x)
         if self.cfg.activation == "jumprelu":
             sample = x[:: max(1, x.shape[0] // 512)]
             centred = sample if self.centre is None else sample - self.centre
@@ -316,6 +321,15 @@ class SparseCoder(nn.Module):
             start = pre.topk(min(4 * self.cfg.k, self.num_latents), dim=-1).values[:, -1].mean().clamp_min(1e-4)
             self.threshold.fill_(float(start))
             self.bandwidth.fill_(float(start) / 2)
+
+    def _fit_scale(self, x: Tensor) -> None:
+        rules = [TopK(self.cfg.k)]
+        products = chosen_products(x, self.encoder.weight, self.encoder.bias, self.b_dec, rules)
+        guess = decode(products.values.relu(), products.routes, self._decoder())
+        # argmin_α ‖(x − b) − α guess‖²; products are linear in the weights, and the top k does not depend on α > 0.
+        scale = ((x - self.b_dec) * guess).sum() / guess.square().sum()
+        if scale > 0:
+            self.encoder.weight.mul_(scale)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sparsify._errors import ConfigError
+
+
+@contextmanager
+def joined() -> Iterator[int]:
+    """Join the processes torchrun started, if it did, and leave them at the end; gives the local rank."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None:
+        yield 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(local_rank))
+    # Downloads and tokenizing on the first process may keep the others waiting for hours.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    try:
+        yield int(local_rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process runs the block before all others do."""
+    processes = Processes()
+    if not processes.first:
+        processes.barrier()
+    yield
+    if processes.first:
+        processes.barrier()
 
 
 class Processes:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from gradcore import model_fingerprint
 from sparsify import _hooks
 from sparsify._errors import DataError
 from sparsify.data import token_rows
@@ -108,10 +109,17 @@ class OnTheFly:
         return {name: parts[place] for name, parts in self._block[1].items()}
 
     def fingerprint(self) -> str:
-        """Number of rows and the sum of the first batch's ids: enough to tell one dataset from another."""
-        first = token_rows(self.dataset, 0, self.batch_size)
-        weights = torch.arange(1, first.numel() + 1).view_as(first)
-        return f"{len(self.dataset)} rows of {first.shape[1]}, {int((first.cpu() * weights).sum())}"
+        """The rows' number, length and a checksum of the first batch, and the model's own fingerprint."""
+        return f"{len(self.dataset)} rows, {self.checksum()}, model {self.model_fingerprint()}"
+
+    def checksum(self) -> int:
+        """Of the first batch's ids, by value and place."""
+        first = token_rows(self.dataset, 0, self.batch_size).cpu()
+        return int((first * torch.arange(1, first.numel() + 1).view_as(first)).sum())
+
+    def model_fingerprint(self) -> str:
+        """Of a sample of every parameter."""
+        return model_fingerprint(self.model)[:16]
 
     def _mixed(self, block: int) -> dict[str, list[Pair]]:
         begin = block * self.buffer_batches

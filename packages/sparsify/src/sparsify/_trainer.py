@@ -39,6 +39,7 @@ class Trainer:
             put in evaluation mode while training runs and is left as it was.
         source: activations from elsewhere, such as an `ActivationCache`; then dataset and model are not needed for
             ``loss_fn="fvu"``.
+        recipe: how model and data came about; kept in config.json beside the configuration.
         loggers: receive the averages of each interval, beside metrics.jsonl and the terminal.
     """
 
@@ -50,8 +51,10 @@ class Trainer:
         *,
         source: Source | None = None,
         loggers: Sequence[Logger] = (),
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.cfg, self.model, self.loggers = cfg, model, list(loggers)
+        self.recipe, self.averages = dict(recipe or {}), dict[str, float]()
         self.processes = Processes()
         self.source = source or self._on_the_fly(dataset)
         self.hookpoints = list(self.source.widths)
@@ -109,21 +112,22 @@ class Trainer:
         """Train to the end of the data, from wherever the state stands, and leave the coders in the run folder."""
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", self.cfg.to_dict())
-        terminal = Terminal(self.total_steps, self.global_step, shown=self.processes.first)
-        sinks: list[Logger] = [terminal, *self.loggers]
+            write_json(self.folder / "config.json", {**self.cfg.to_dict(), **self.recipe})
+        sinks: list[Logger] = [*self.loggers]
         if self.processes.first:
-            sinks.append(JsonLines(self.folder / "metrics.jsonl", self.global_step))
             if self.cfg.log_to_wandb:
                 sinks.append(WandbLogger(self.cfg.run_name, self.cfg.to_dict()))
+            sinks.append(JsonLines(self.folder / "metrics.jsonl", self.global_step))
+        terminal = Terminal(self.total_steps, self.global_step, shown=self.processes.first)
+        sinks.append(terminal)
         try:
             with _hooks.frozen(self.model or nn.Module(), no_parameter_gradients=self.cfg.loss_fn != "fvu"):
                 while self.global_step < self.total_steps:
                     terminal.advance(self.step())
                     if not self.global_step % self.cfg.log_every or self.global_step == self.total_steps:
-                        averages = self._averages()
+                        self.averages = self._averages()
                         for sink in sinks:
-                            sink.log(self.global_step, averages)
+                            sink.log(self.global_step, self.averages)
                     if self.cfg.save_every and not self.global_step % self.cfg.save_every:
                         self.save()
         finally:
@@ -286,12 +290,14 @@ class Trainer:
         return variance
 
     def _initialise(self, coder: SparseCoder, pair: Pair) -> None:
-        coder.initialise(pair.x, pair.y)
-        if self._replicas > 1:
-            shared = [t for name, t in coder.state_dict().items() if name not in ("encoder.weight", "W_dec", "W_skip")]
-            self.processes.sum_(*shared)
-            for tensor in shared:
-                tensor /= self._replicas
+        """Start from the whole first batch, whichever process holds it."""
+        if self._replicas == 1:
+            coder.initialise(pair.x, pair.y)
+            return
+        x, y = self.processes.gather_rows(pair.x, 0), self.processes.gather_rows(pair.y, 0)
+        if self.processes.first:
+            coder.initialise(x, y)
+        self.processes.broadcast_(*coder.state_dict().values())
 
     def _dead(self, name: str) -> Tensor | None:
         # No latent can be dead yet, so don't look: looking waits for the device.

@@ -1,0 +1,129 @@
+"""Models and token rows by name, as the command line knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify._errors import ConfigError, DataError
+from sparsify.data import MemmapDataset, StreamedRows, chunk_and_tokenize, documents
+
+
+def load_model(name: str, *, head: bool, revision: str | None, token: str | None, eight_bit: bool, device: str) -> Any:
+    """A transformer on a device: bf16 where a GPU has it, its own dtype elsewhere; without its head unless needed."""
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"revision": revision, "token": token}
+    if eight_bit:
+        _need_bitsandbytes(device)
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.float16}
+        options["device_map"] = {"": device}
+    elif device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        options["dtype"] = torch.bfloat16
+    else:
+        options["dtype"] = "auto"
+    kind = AutoModelForCausalLM if head else AutoModel
+    try:
+        model = kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {name!r} cannot be loaded: {error}") from None
+    if not eight_bit:
+        nn.Module.to(model, device)
+    return model.eval()
+
+
+def load_tokenizer(name: str, revision: str | None = None, token: str | None = None) -> Any:
+    """The tokenizer beside a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {name!r} cannot be loaded: {error}") from None
+
+
+def load_rows(
+    name: str,
+    model: str,
+    *,
+    split: str = "train",
+    ctx_len: int = 2048,
+    max_examples: int | None = None,
+    text_column: str = "text",
+    shuffle_seed: int | None = 42,
+    num_proc: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Any:
+    """Token rows from a ``.bin`` memory map, a text or table file, a saved dataset's folder, or the Hub.
+
+    Rows that already have ``input_ids`` are taken as they are. Everything but a memory map or a stream is shuffled.
+    """
+    if name.endswith(".bin"):
+        return MemmapDataset(name, ctx_len, max_examples)
+    data = _load_dataset(name, split, dict(arguments or {}), text_column, token)
+    streamed = not hasattr(data, "__len__")
+    if "input_ids" not in (data.column_names or ()):
+        tokenizer = load_tokenizer(model, revision, token)
+        data = chunk_and_tokenize(data, tokenizer, max_seq_len=ctx_len, num_proc=num_proc, text_key=text_column)
+    if streamed:
+        if max_examples is None:
+            raise DataError("a stream has no length, so the schedule needs one: set --max_examples")
+        return StreamedRows(data, max_examples)
+    if shuffle_seed is not None:
+        data = data.shuffle(seed=shuffle_seed)
+    data = data.with_format("torch", columns=["input_ids"])
+    return data if max_examples is None else data.select(range(min(max_examples, len(data))))
+
+
+def _load_dataset(name: str, split: str, arguments: dict[str, Any], text_column: str, token: str | None) -> Any:
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    suffixes = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.is_file() and path.suffix == ".txt":
+        return Dataset.from_dict({text_column: list(documents(path))})
+    try:
+        if path.is_file() and path.suffix in suffixes:
+            return load_dataset(suffixes[path.suffix], data_files=str(path), split=split, **arguments)
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            saved = load_from_disk(name)
+            return saved[split] if isinstance(saved, DatasetDict) else saved
+        return load_dataset(name, split=split, token=token, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, StopIteration) as error:
+        # An empty file makes datasets stop an iterator without a word.
+        reason = str(error) or "it holds no rows"
+        raise DataError(f"the dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from None
+
+
+def special_ids(model: str, revision: str | None = None, token: str | None = None) -> list[int]:
+    """The ids of bos, eos, padding and their kind."""
+    return sorted(load_tokenizer(model, revision, token).all_special_ids)
+
+
+def pick_device(asked: str | None, local_rank: int = 0) -> str:
+    """The device asked for, or the best there is."""
+    if asked:
+        return asked
+    if torch.cuda.is_available():
+        return f"cuda:{local_rank}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a module learned."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _need_bitsandbytes(device: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("--load_in_8bit needs the bitsandbytes package: install it, or leave the option out")
+    if not device.startswith("cuda"):
+        raise ConfigError(f"--load_in_8bit runs on CUDA devices, this is {device}: leave the option out")

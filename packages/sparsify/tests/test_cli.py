@@ -1,0 +1,167 @@
+"""The command line: every spelling of the seeds' README, from files alone, with clear words on errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from sparsify import Sae, SaeConfig, TrainConfig
+from sparsify._options import field_docs, parse_assignments
+from sparsify.cli import sae
+
+
+@pytest.fixture
+def model(assets):
+    return str(assets / "llama-stories260k")
+
+
+@pytest.fixture
+def text(assets, tmp_path):
+    stories = (assets / "text" / "tinystories-0.9mb.txt").read_text()[:60_000]
+    (tmp_path / "stories.txt").write_text(stories)
+    return str(tmp_path / "stories.txt")
+
+
+def invoke(*words):
+    return CliRunner().invoke(sae, ["train", *words])
+
+
+def succeed(*words):
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+SMALL = ["--num_latents", "256", "--k", "8", "--ctx_len", "64", "--batch_size", "4", "--max_examples", "24"]
+
+
+def test_the_module_trains_in_a_process_of_its_own(model, text, tmp_path):
+    words = [model, text, *SMALL, "--layers", "1", "3", "--save_dir", str(tmp_path / "c"), "--run_name", "r"]
+    command = [sys.executable, "-m", "sparsify", *words]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("layers.1: FVU 0.")
+    saved = Sae.load_many(str(tmp_path / "c" / "r"), local=True)
+    assert list(saved) == ["layers.1", "layers.3"]
+    config = json.loads((tmp_path / "c" / "r" / "config.json").read_text())
+    assert config["model"] == model
+    assert config["ctx_len"] == 64
+    assert "hf_token" not in config
+
+
+RECIPES = {
+    "globs": ["--hookpoints", "layers.[012].self_attn", "layers.[012].mlp.act_fn"],
+    "dashes": ["--layer-stride", "2", "--expansion-factor", "8", "--num-latents", "0"],
+    "accumulate": ["--layers", "2", "--grad_acc_steps", "2", "--micro_acc_steps", "2", "--auxk_alpha", "0.1"],
+    "k decay": ["--layers", "2", "--k_decay_steps", "1_0"],
+    "groupmax": ["--layers", "2", "--activation", "groupmax"],
+    "ce": ["--hookpoints", "layers.[12].mlp", "--loss_fn", "ce"],
+    "kl": ["--layers", "2", "--loss_fn", "kl", "--transcode", "--exclude_special"],
+    "transcode": ["--hookpoints", "layers.0.mlp", "--transcode", "--skip_connection", "--optimizer", "signum"],
+    "seeds": ["--layers", "2", "--init_seeds", "0", "1", "--multi_topk", "True", "--normalize_decoder", "False"],
+    "excluded": ["--layers", "2", "--exclude_tokens", "1", "2", "--max_norm_ratio", "10", "--buffer_batches", "2"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_the_readme(model, text, tmp_path, name):
+    words = [model, text, *SMALL, *RECIPES[name], "--save_dir", str(tmp_path / "c"), "--json"]
+    result = json.loads(succeed(*words).stdout.splitlines()[-1])
+    saved = Sae.load_many(result["folder"], local=True)
+    expected = {
+        "globs": [f"layers.{i}.{m}" for i in range(3) for m in ("mlp.act_fn", "self_attn")],
+        "dashes": ["layers.0", "layers.2", "layers.4"],
+        "seeds": ["layers.2/seed0", "layers.2/seed1"],
+        "ce": ["layers.1.mlp", "layers.2.mlp"],
+    }
+    hook = "layers.0.mlp" if name == "transcode" else "layers.2"
+    assert list(saved) == expected.get(name, [hook])
+    first = next(iter(saved.values()))
+    if name == "dashes":
+        assert first.num_latents == 8 * 64
+    if name == "seeds":
+        assert first.cfg.multi_topk
+        assert not first.cfg.normalize_decoder
+    if name == "excluded":
+        assert result["tokens/layers.2"] < 24 * 64
+
+
+def test_resume_and_finetune(model, text, tmp_path):
+    words = [model, text, *SMALL, "--layers", "2", "--save_dir", str(tmp_path / "c"), "--run_name", "r"]
+    succeed(*words)
+    before = Sae.load_from_disk(tmp_path / "c" / "r" / "layers.2").W_dec
+    succeed(*words, "--resume")
+    assert Sae.load_from_disk(tmp_path / "c" / "r" / "layers.2").W_dec.equal(before)
+    words[-1] = "tuned"
+    succeed(*words, "--finetune", str(tmp_path / "c" / "r"))
+    assert (Sae.load_from_disk(tmp_path / "c" / "tuned" / "layers.2").W_dec - before).norm() < 0.2 * before.norm()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hookpoints", "layers.9"], "matches no module; did you mean: layers.4"),
+        (["--k", "300", "--layers", "1"], "k=300 is more than the 256 latents"),
+        (["--layers", "1", "--layer_stride", "2"], "give only one"),
+        (["--layers", "1", "--resume"], "nothing to resume"),
+        (["--layers", "1", "--load_in_8bit"], "bitsandbytes"),
+        (["--layers", "1", "--batch_size", "100"], "fewer than one batch of 100"),
+        (["--layers", "1", "--log_to_wandb"], "needs the wandb package"),
+    ],
+)
+def test_errors_are_one_line_and_status_one(model, text, tmp_path, words, message):
+    result = invoke(model, text, *SMALL, *words, "--save_dir", str(tmp_path / "c"), "--run_name", "none")
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_usage_errors_are_status_two(model, text):
+    for words, message in [
+        (["--activaton", "topk"], "--activation"),
+        (["--loss_fn", "mse"], "'fvu', 'ce', 'kl'"),
+        (["--data_args", "streaming"], "name=value"),
+    ]:
+        result = invoke(model, text, *words)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_missing_models_and_data_are_named(model, tmp_path):
+    assert "cannot be loaded" in invoke(str(tmp_path / "none"), "x").output
+    (tmp_path / "rows.jsonl").write_text("")
+    result = invoke(model, str(tmp_path / "rows.jsonl"))
+    assert result.exit_code == 1
+    assert "rows.jsonl' (split 'train') cannot be loaded" in result.output
+
+
+def test_memory_maps_and_saved_datasets(model, tmp_path):
+    import numpy as np
+    from datasets import Dataset
+
+    ids = np.random.default_rng(0).integers(0, 512, (24, 64))
+    ids.astype(np.uint16).tofile(tmp_path / "ids.bin")
+    Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(tmp_path / "saved")
+    for name in ("ids.bin", "saved"):
+        words = [model, str(tmp_path / name), *SMALL, "--layers", "0", "--save_dir", str(tmp_path / "c"), "--json"]
+        assert json.loads(succeed(*words).stdout.splitlines()[-1])["tokens/layers.0"] == 24 * 64
+
+
+def test_help_shows_every_field_and_imports_no_torch():
+    call = "sae(['train', '--help'], standalone_mode=False)"
+    code = f"import sys; from sparsify.cli import sae; {call}; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("False")
+    for cls in (SaeConfig, TrainConfig):
+        helps = field_docs(cls)
+        assert set(helps) == set(cls.__dataclass_fields__), "every field says what it is"
+    for name in (*SaeConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__):
+        assert name == "sae" or f"--{name}" in shown
+
+
+def test_data_arguments():
+    assert parse_assignments('a=1, b="x",c=en,d=True,e=1e-3') == {"a": 1, "b": "x", "c": "en", "d": True, "e": 1e-3}
+    assert parse_assignments("") == {}
