@@ -109,18 +109,18 @@ def demo_corpus(
         seed: another seed is another world: other names, facts, wordings.
         people: how many people there are; four facts are known of each.
         names: how many first names and how many surnames they share.
-        tellings: wordings in which a fact is stated, of eight.
+        tellings: wordings in which a fact is stated, of eight; the query takes another.
         queries: how many of the facts are asked for, drawn at random.
         small_talk: documents that state no fact.
 
     Raises:
         DataError: more of something than this world has.
     """
-    wordings = min(len(relation.wordings) for relation in RELATIONS)
+    in_all = min(len(relation.wordings) for relation in RELATIONS)
     for what, asked_for, most in (
         ("people", people, names**2),
         ("queries", queries, len(RELATIONS) * people),
-        ("tellings", tellings, wordings - 1),
+        ("tellings", tellings, in_all - 1),  # one
     ):
         if not 1 <= asked_for <= most:
             raise DataError(f"{what}={asked_for}, but with these names and people there can be 1 to {most}")
