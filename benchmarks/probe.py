@@ -30,6 +30,7 @@ from probing import (
     CircuitConfig,
     CircuitProbe,
     CircuitProbeConfig,
+    Masks,
     ProbeData,
     ResidualUpdateModelConfig,
     TrainPlan,
@@ -103,9 +104,8 @@ def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int) -> d
     began = time.perf_counter()
     model = modular.train(task, epochs, lr)
     base = modular.correct(model, task, task.test).mean().item()
-    print(
-        f"modulus {modulus}: base model {epochs} epochs in {time.perf_counter() - began:.0f} s, test accuracy {base:.3f}"
-    )
+    seconds = time.perf_counter() - began
+    print(f"modulus {modulus}: base model {epochs} epochs in {seconds:.0f} s, test accuracy {base:.3f}")
     print("part  variable   KNN full  circuit   kept (weights)    ablated   controls   s/probe  ms/step   × plain")
     rows = []
     for part in ("attn", "mlp"):
@@ -134,8 +134,9 @@ def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int) -> d
             row = rows[-1]
             control = "undefined" if effect.undefined else f"{base - row['control_drop']:.3f}"
             print(
-                f"{part:5} {variable:9} {knn.full.mean:9.3f} {knn.circuit.mean:8.3f} {row['weights']:8d} of {row['of']:6d}"
-                f" {row['ablated']:9.3f}  {control:>9} {trace.seconds:9.2f} {1e3 * step:8.1f} {row['ratio_to_plain']:8.1f}"
+                f"{part:5} {variable:9} {knn.full.mean:9.3f} {knn.circuit.mean:8.3f} "
+                f"{row['weights']:8d} of {row['of']:6d} {row['ablated']:9.3f}  {control:>9} "
+                f"{trace.seconds:9.2f} {1e3 * step:8.1f} {row['ratio_to_plain']:8.1f}"
             )
             if modulus == 113:
                 full, circuit, kept, ablated = PUBLISHED[part, variable]
@@ -161,7 +162,8 @@ def gpt2_small_step(rows: int = 500, positions: int = 15) -> dict:
         times.append(time.perf_counter() - began)
     plain = time_plain(model, "mlp", data, steps=2)
     print(
-        f"GPT-2-small MLP probe step, {rows} rows: {1e3 * min(times):.0f} ms; plainly {plain:.2f} s ({plain / min(times):.0f}×)"
+        f"GPT-2-small MLP probe step, {rows} rows: {1e3 * min(times):.0f} ms; "
+        f"plainly {plain:.2f} s ({plain / min(times):.0f}×)"
     )
     return {"ms_step": 1e3 * min(times), "plain_ms": 1e3 * plain}
 
@@ -186,15 +188,13 @@ def experiment_two(epochs: int, lr: float, modulus: int = 53, moduli: tuple[int,
             knn, masks = evaluate.evaluate_knn(probe, *data), probe.circuit.masks()
             first = masks.keep["transformer.h.0.attn.c_attn"]
             only = {"transformer.h.0.attn.c_attn": first}
-            from probing import Masks
-
             without = evaluate.Ablated(model, Masks.of(model, only))
             same, diff = (modular.correct(without, task, part).mean().item() for part in (test, other))
-            rows.append({"task": own + 1, "variable": variable, "knn_full": knn.full.mean, "knn": knn.circuit.mean,
-                         "chance": knn.chance, "c_attn": int(first.sum()), "same": same, "different": diff})  # fmt: skip
+            row = {"task": own + 1, "variable": variable, "knn_full": knn.full.mean, "knn": knn.circuit.mean}
+            rows.append({**row, "chance": knn.chance, "c_attn": int(first.sum()), "same": same, "different": diff})
             print(
-                f"task {own + 1} {variable:7} KNN {knn.full.mean:.3f} → {knn.circuit.mean:.3f} (chance {knn.chance:.3f})"
-                f"  c_attn kept {int(first.sum()):3d}/384, ablated: same task {same:.3f}, other {diff:.3f}"
+                f"task {own + 1} {variable:7} KNN {knn.full.mean:.3f} → {knn.circuit.mean:.3f} "
+                f"(chance {knn.chance:.3f})  c_attn kept {int(first.sum()):3d}/384, ablated: same task {same:.3f}, other {diff:.3f}"
             )
     return {"rows": rows}
 

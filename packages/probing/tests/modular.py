@@ -36,8 +36,9 @@ def disambiguation(modulus: int, seed: int = 0) -> Task:
 
 
 def shared_nodes(modulus: int, moduli: tuple[int, int, int], seed: int = 0) -> Task:
-    """Rows (task, a, b, c, =). The operand a task ignores is drawn independently of the others; in the published data it
-    is a fixed permutation of the operand in use, which leaks the "unused" variable.
+    """Rows (task, a, b, c, =). The operand a task ignores is drawn independently of the others.
+
+    In the published data it is a fixed permutation of the operand in use, which leaks the "unused" variable.
     """
     p, (shared, first, second) = modulus, moduli
     draw = torch.Generator().manual_seed(seed)

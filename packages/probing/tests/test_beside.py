@@ -71,8 +71,8 @@ class TestLeace:
         x, y = planted(1200, 20, 5)
         eraser = beside.Eraser.fit(x, y)
         torch.testing.assert_close(eraser(eraser(x)), eraser(x), atol=1e-4, rtol=0)
-        # The alternative: project orthogonally onto the complement of the class means' span. It erases, too, but moves more
-        # in the metric LEACE minimises, E‖W(r(x) − x)‖².
+        # The alternative: project orthogonally onto the complement of the class means' span. It erases, too, but moves
+        # more in the metric LEACE minimises, E‖W(r(x) − x)‖².
         centred = x - x.mean(0)
         means = torch.stack([centred[y == c].mean(0) for c in range(5)])
         basis = torch.linalg.svd(means.T, full_matrices=False).U[:, :4]

@@ -5,6 +5,7 @@ from probing._circuit import CircuitModel
 from probing._configs import CircuitConfig, CircuitProbeConfig, ResidualUpdateModelConfig, SubnetworkProbeConfig
 from probing._data import ProbeData
 from probing._errors import ConfigError, DataError, MaskError, ProbingError, ReadoutError, SiteError
+from probing._export import export_pruned, pruned_state_dict
 from probing._fit import TrainPlan, fit
 from probing._masks import Masks, overlap
 from probing._probes import CircuitProbe, SubnetworkProbe
@@ -25,6 +26,8 @@ __all__ = [
     "fit",
     "Masks",
     "overlap",
+    "export_pruned",
+    "pruned_state_dict",
     "Site",
     "find_sites",
     "Readout",
