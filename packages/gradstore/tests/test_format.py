@@ -609,3 +609,27 @@ def test_h3_repair(store):
     assert repair(store.path).lost == (("shards/00002.safetensors", 60, 90),)
     assert not GradientStore.open(store.path, partial=True).complete
     assert not (store.path / "shards/00002.safetensors").exists()
+
+
+def test_b13_documents(tmp_path, make, plan, store):
+    assert manifest(store)["documents"] is None
+    with StoreWriter.create(
+        tmp_path / "t", rows=3, columns={}, plan=plan, side_columns=(), offsets=np.array([0, 2, 2, 3])
+    ) as writer:
+        writer.write(0, np.empty((3, 0)))
+        writer.write_data({"d": d} for d in range(3))
+    assert json.loads((tmp_path / "t/manifest.json").read_bytes())["documents"] == 3
+
+
+def test_e4_offsets_of_documents(tmp_path, plan):
+    offsets = np.array([0, 0, 2, 2, 5, 5])
+    with StoreWriter.create(
+        tmp_path / "t", rows=5, columns={}, plan=plan, side_columns=(), offsets=offsets, rows_per_shard=2
+    ) as writer:
+        for shard, start, stop in writer.pending:
+            writer.write(shard, np.empty((stop - start, 0)))
+        writer.write_data({"d": d} for d in range(5))
+    np.testing.assert_array_equal(np.load(tmp_path / "t/offsets.npy"), offsets)
+    assert "offsets.npy" in {line["file"] for line in journal(tmp_path / "t")}
+    store = GradientStore.open(tmp_path / "t")
+    assert [store.data(row)["d"] for row in range(5)] == [1, 1, 3, 3, 3]

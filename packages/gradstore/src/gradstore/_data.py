@@ -6,11 +6,14 @@ import io
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradstore._errors import InvalidInput
+
+OFFSETS: Final = "offsets.npy"
 
 
 def data_files(shard: int) -> tuple[str, str]:
@@ -28,6 +31,33 @@ def encode_rows(rows: Iterable[Mapping[str, Any]], per_shard: int) -> Iterator[t
             lines = []
     if lines:
         yield _pack(lines)
+
+
+def encode_offsets(offsets: NDArray[np.int64]) -> bytes:
+    """A `.npy` file, version 1.0, of little-endian int64."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(offsets, "<i8"), version=(1, 0))
+    return stream.getvalue()
+
+
+def decode_offsets(file: mmap.mmap) -> NDArray[np.int64]:
+    """All of an offsets file, over the memory map."""
+    count = count_rows(file) + 1
+    return np.frombuffer(file, "<i8", count=count, offset=len(file) - 8 * count)
+
+
+def check_offsets(offsets: NDArray[Any], rows: int) -> NDArray[np.int64]:
+    """Offsets of documents as int64, or the reason why they are none."""
+    given = np.asarray(offsets)
+    if given.ndim != 1 or given.dtype.kind not in "iu" or not len(given):
+        raise InvalidInput(f"offsets must be integers [documents + 1], not {given.dtype} of shape {given.shape}.")
+    exact = given.astype(np.int64)
+    if exact[0] != 0 or exact[-1] != rows or (np.diff(exact) < 0).any():
+        raise InvalidInput(
+            f"offsets must rise from 0 to the number of rows, {rows}; these go from {exact[0]} to {exact[-1]}. "
+            "Document d has rows offsets[d] to offsets[d + 1]."
+        )
+    return exact
 
 
 def decode_row(lines: mmap.mmap, offsets: mmap.mmap, index: int) -> dict[str, Any]:
@@ -70,6 +100,4 @@ def _is_json(value: object) -> bool:
 def _pack(lines: list[bytes]) -> tuple[int, bytes, bytes]:
     offsets = np.zeros(len(lines) + 1, "<i8")
     np.cumsum([len(line) for line in lines], out=offsets[1:])
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, offsets, version=(1, 0))
-    return len(lines), b"".join(lines), stream.getvalue()
+    return len(lines), b"".join(lines), encode_offsets(offsets)

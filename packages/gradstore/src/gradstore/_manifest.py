@@ -49,6 +49,7 @@ class Manifest:
     dtype: str
     side: Mapping[str, Side]
     data: bool
+    documents: int | None
     plan: Json
     meta: Json
     complete: bool = False
@@ -68,6 +69,21 @@ class Manifest:
         """First and one-past-last row of a shard."""
         start = min(shard * self.rows_per_shard, self.rows)
         return start, min(start + self.rows_per_shard, self.rows)
+
+    @property
+    def items(self) -> int:
+        """Dataset rows: one per document in a per-token store, else one per row."""
+        return self.rows if self.documents is None else self.documents
+
+    @property
+    def data_shards(self) -> int:
+        """How many data shards the finished store has."""
+        return -(-self.items // self.rows_per_shard) if self.data else 0
+
+    def data_span(self, shard: int) -> tuple[int, int]:
+        """First and one-past-last dataset row of a data shard."""
+        start = min(shard * self.rows_per_shard, self.items)
+        return start, min(start + self.rows_per_shard, self.items)
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +106,7 @@ class Manifest:
             "columns": dict(self.columns),
             "side": {name: {"dtype": side.dtype, "width": side.width} for name, side in self.side.items()},
             "data": self.data,
+            "documents": self.documents,
             "plan_hash": plan_hash(self.plan),
             "plan": self.plan,
             "meta": self.meta,
@@ -133,18 +150,22 @@ def load_manifest(store: Path) -> Manifest:
     zeroed = raw[:start] + _ZEROS.encode() + raw[start + 32 :]
     if raw[:start] != _PREFIX or raw[start : start + 32] != checksum(zeroed).encode():
         raise damaged
-    return Manifest(
-        rows=fields["rows"],
-        rows_per_shard=fields["rows_per_shard"],
-        columns=fields["columns"],
-        dtype=fields["dtype"],
-        side={name: Side(**spec) for name, spec in fields["side"].items()},
-        data=fields["data"],
-        plan=fields["plan"],
-        meta=fields["meta"],
-        complete=fields["complete"],
-        journal=fields["journal"],
-    )
+    try:
+        return Manifest(
+            rows=fields["rows"],
+            rows_per_shard=fields["rows_per_shard"],
+            columns=fields["columns"],
+            dtype=fields["dtype"],
+            side={name: Side(**spec) for name, spec in fields["side"].items()},
+            data=fields["data"],
+            documents=fields.get("documents"),
+            plan=fields["plan"],
+            meta=fields["meta"],
+            complete=fields["complete"],
+            journal=fields["journal"],
+        )
+    except (KeyError, TypeError) as error:
+        raise StoreCorrupt(f"{path}: a field is missing or unknown ({error}). Rebuild the store.") from None
 
 
 def new_manifest(
@@ -157,6 +178,7 @@ def new_manifest(
     rows_per_shard: int | None,
     side: Sequence[str] | Mapping[str, str | Side],
     data: bool,
+    documents: int | None,
 ) -> Manifest:
     """Check a caller's arguments and make them a manifest; everything JSON is copied, so later edits don't leak in."""
     if dtype not in DTYPES:
@@ -177,6 +199,7 @@ def new_manifest(
         dtype=dtype,
         side=_sides(side),
         data=data,
+        documents=documents,
         plan=as_json(plan, "plan"),
         meta=as_json({} if meta is None else meta, "meta"),
     )

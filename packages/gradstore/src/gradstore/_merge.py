@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradstore._data import data_files
 from gradstore._encodings import Stored, Tensor
@@ -48,12 +49,7 @@ def merge(
     with _target(stores, Path(path), meta, rows_per_shard or stores[0].manifest.rows_per_shard) as writer:
         if writer.data_pending:
             _merge_data(stores, writer)
-        for shard, start, stop in writer.pending:
-            if whole := _whole(stores, start, stop):
-                store, number = whole
-                writer.adopt(shard_file(shard), store.path / shard_file(number), store.entries[shard_file(number)])
-            else:
-                writer.write_stored(shard, _gather(stores, start, stop))
+        _merge_rows(stores, writer)
     return GradientStore.open(path)
 
 
@@ -79,6 +75,7 @@ def _target(stores: Sequence[GradientStore], path: Path, meta: Any, rows_per_sha
         rows_per_shard=rows_per_shard,
         side_columns=first.side,
         data=first.data,
+        offsets=_offsets(stores),
     )
 
 
@@ -90,31 +87,50 @@ def _require_alike(stores: Sequence[GradientStore]) -> None:
             here, there = (getattr(s.manifest, field) for s in (first, store))
             if here != there or (field == "columns" and list(here) != list(there)):
                 raise InvalidInput(f"{store.path}: {field} is {there}, but {first.path} has {here}.")
+        if (first.manifest.documents is None) != (store.manifest.documents is None):
+            raise InvalidInput(f"{store.path} and {first.path}: one has a row per token, the other one per document.")
 
 
-def _pieces(stores: Sequence[GradientStore], start: int, stop: int) -> Iterator[tuple[GradientStore, int, int]]:
-    """Rows `start` to `stop` of the merged store as rows of the sources."""
+def _pieces(counts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """`start` to `stop` of things counted through all sources: source, and from where to where in it."""
     offset = 0
-    for store in stores:
-        first, last = max(start - offset, 0), min(stop - offset, store.rows)
+    for source, count in enumerate(counts):
+        first, last = max(start - offset, 0), min(stop - offset, count)
         if first < last:
-            yield store, first, last
-        offset += store.rows
+            yield source, first, last
+        offset += count
 
 
-def _whole(stores: Sequence[GradientStore], start: int, stop: int) -> tuple[GradientStore, int] | None:
-    """The source shard that holds exactly these rows, if one does."""
-    pieces = list(_pieces(stores, start, stop))
+def _whole(
+    counts: Sequence[int],
+    spans: Sequence[Callable[[int], tuple[int, int]]],
+    per_shard: Sequence[int],
+    span: tuple[int, int],
+) -> tuple[int, int] | None:
+    """Source and number of the shard that holds exactly this span, if one does."""
+    pieces = list(_pieces(counts, *span))
     if len(pieces) != 1:
         return None
-    store, first, last = pieces[0]
-    number = first // store.manifest.rows_per_shard
-    return (store, number) if store.manifest.span(number) == (first, last) else None
+    source, first, last = pieces[0]
+    number = first // per_shard[source]
+    return (source, number) if spans[source](number) == (first, last) else None
 
 
-def _gather(stores: Sequence[GradientStore], start: int, stop: int) -> dict[str, Tensor]:
+def _merge_rows(stores: Sequence[GradientStore], writer: StoreWriter) -> None:
+    manifests = [store.manifest for store in stores]
+    counts, per_shard = [m.rows for m in manifests], [m.rows_per_shard for m in manifests]
+    for shard, start, stop in writer.pending:
+        if whole := _whole(counts, [m.span for m in manifests], per_shard, (start, stop)):
+            store, file = stores[whole[0]], shard_file(whole[1])
+            writer.adopt(shard_file(shard), store.path / file, store.entries[file])
+        else:
+            pieces = [(stores[source], first, last) for source, first, last in _pieces(counts, start, stop)]
+            writer.write_stored(shard, _gather(pieces))
+
+
+def _gather(pieces: Sequence[tuple[GradientStore, int, int]]) -> dict[str, Tensor]:
     parts: dict[str, list[Stored]] = {}
-    for store, first, last in _pieces(stores, start, stop):
+    for store, first, last in pieces:
         per_shard = store.manifest.rows_per_shard
         for shard in range(first // per_shard, -(-last // per_shard)):
             offset = shard * per_shard
@@ -125,13 +141,24 @@ def _gather(stores: Sequence[GradientStore], start: int, stop: int) -> dict[str,
 
 
 def _merge_data(stores: Sequence[GradientStore], writer: StoreWriter) -> None:
-    manifest = writer.manifest
+    manifest, manifests = writer.manifest, [store.manifest for store in stores]
+    counts, per_shard = [m.items for m in manifests], [m.rows_per_shard for m in manifests]
+    spans = [m.data_span for m in manifests]
     shard = 0
-    while shard < manifest.shards and (whole := _whole(stores, *manifest.span(shard))):
-        store, number = whole
+    while shard < manifest.data_shards and (whole := _whole(counts, spans, per_shard, manifest.data_span(shard))):
+        store, number = stores[whole[0]], whole[1]
         for file, source in zip(data_files(shard), data_files(number)):
             writer.adopt(file, store.path / source, store.entries[source])
         shard += 1
-    start = manifest.span(shard)[0]
-    rest = (store.data(i) for store, a, b in _pieces(stores, start, manifest.rows) for i in range(a, b))
-    writer.write_data(rest, first_shard=shard)
+    rest = _pieces(counts, manifest.data_span(shard)[0], manifest.items)
+    writer.write_data((stores[s].item(i) for s, a, b in rest for i in range(a, b)), first_shard=shard)
+
+
+def _offsets(stores: Sequence[GradientStore]) -> NDArray[np.int64] | None:
+    rows, parts = 0, [np.zeros(1, np.int64)]
+    for store in stores:
+        if (offsets := store.offsets) is None:
+            return None
+        parts.append(offsets[1:] + rows)
+        rows += store.rows
+    return np.concatenate(parts)

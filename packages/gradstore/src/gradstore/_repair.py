@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore._data import data_files
+from gradstore._data import OFFSETS, data_files
 from gradstore._errors import StoreCorrupt
 from gradstore._files import WriterLock, write_atomic, write_errors
 from gradstore._journal import NAME, Entry, parse_line, read_journal
@@ -17,7 +17,7 @@ from gradstore._writer import shard_file
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What `repair` found: files kept, files lost with the rows they held, journal lines that could not be read."""
+    """What `repair` found: files kept, files lost with the (dataset) rows they held, unreadable journal lines."""
 
     path: str
     kept: int
@@ -50,8 +50,10 @@ def repair(path: str | Path) -> RepairReport:
     try:
         entries, torn = _readable_entries(store, manifest.journal)
         expected = {shard_file(shard): manifest.span(shard) for shard in range(manifest.shards)}
-        if manifest.data:
-            expected |= {file: manifest.span(shard) for shard in range(manifest.shards) for file in data_files(shard)}
+        for shard in range(manifest.data_shards):
+            expected |= dict.fromkeys(data_files(shard), manifest.data_span(shard))
+        if manifest.documents is not None:
+            expected[OFFSETS] = (0, manifest.rows)
         sound = {name: entry for name, entry in entries.items() if name in expected and _is_sound(store, entry)}
         missing = expected if manifest.complete else {name: expected[name] for name in entries if name in expected}
         lost = tuple((name, *span) for name, span in missing.items() if name not in sound)

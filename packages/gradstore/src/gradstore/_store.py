@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradstore._data import data_files, decode_row
+from gradstore._data import OFFSETS, data_files, decode_offsets, decode_row
 from gradstore._encodings import F32, Layout, Stored
 from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
 from gradstore._journal import read_journal
@@ -155,12 +155,31 @@ class GradientStore:
         return out
 
     def data(self, index: int) -> dict[str, Any]:
-        """The dataset row behind row `index`; one seek, however large the store."""
+        """The dataset row behind row `index`, in a per-token store its document: one seek, however large the store."""
+        return self.item(self.document(index)[0])
+
+    def item(self, number: int) -> dict[str, Any]:
+        """Dataset row `number`: a document in a per-token store, else the same as `data`."""
         if not self.manifest.data:
             raise InvalidInput(f"{self.path}: the store was built without its dataset (data=False).")
-        shard, offset = divmod(self._index(index), self.manifest.rows_per_shard)
+        if not 0 <= number < self.manifest.items:
+            raise InvalidInput(f"Dataset row {number} is not in the store, which has {self.manifest.items}.")
+        shard, offset = divmod(int(number), self.manifest.rows_per_shard)
         lines, offsets = (self._map(file) for file in data_files(shard))
         return decode_row(lines, offsets, offset)
+
+    @property
+    def offsets(self) -> NDArray[np.int64] | None:
+        """In a per-token store int64 [documents + 1], document d has rows `offsets[d]` to `offsets[d + 1]`; else None."""
+        return None if self.manifest.documents is None else decode_offsets(self._map(OFFSETS))
+
+    def document(self, index: int) -> tuple[int, int]:
+        """Document of row `index` and the row's place in it; `(index, 0)` where each row is a document."""
+        index = self._index(index)
+        if (offsets := self.offsets) is None:
+            return index, 0
+        document = int(np.searchsorted(offsets, index, side="right")) - 1  # the last to begin there: skips empty ones
+        return document, index - int(offsets[document])
 
     def sweep(self) -> Iterator[Block]:
         """Every shard that is there, in order, as one block each; one is mapped at a time, so memory stays flat."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradstore._data import count_rows, data_files
+from gradstore._data import OFFSETS, check_offsets, count_rows, data_files, decode_offsets
 from gradstore._encodings import is_finite
-from gradstore._errors import GradStoreError, StoreCorrupt
+from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt
 from gradstore._manifest import plan_hash
 from gradstore._shard import map_file, shard_tensors
 from gradstore._store import GradientStore
@@ -33,6 +34,7 @@ class StoreInfo:
     bytes: int
     side_columns: tuple[str, ...]
     data: bool
+    documents: int | None
     complete: bool
     plan_hash: str
 
@@ -83,6 +85,7 @@ def info(path: str | Path) -> StoreInfo:
         bytes=sum(entry.bytes for entry in store.entries.values()),
         side_columns=tuple(manifest.side),
         data=manifest.data,
+        documents=manifest.documents,
         complete=manifest.complete,
         plan_hash=plan_hash(manifest.plan),
     )
@@ -106,18 +109,21 @@ def verify(path: str | Path) -> VerifyReport:
     if not store.complete:
         problems.append(f"{folder}: unfinished, {len(store.shards)} of {store.manifest.shards} shards are there.")
     files, size, rows = 0, 0, 0
-    for shard in range(store.manifest.shards):
-        for check, names in (_check_shard, (shard_file(shard),)), (_check_data, data_files(shard)):
-            known = [store.entries[name] for name in names if name in store.entries]
-            expected = len(names) if check is _check_shard or store.manifest.data else 0
-            if len(known) < expected and store.complete:
-                problems.append(f"{folder / names[0]}: not in the journal of a finished store.")
-            if len(known) == len(names):
-                try:
-                    rows += check(store, shard)
-                except GradStoreError as error:
-                    problems.append(str(error))
-            files, size = files + len(known), size + sum(entry.bytes for entry in known)
+    checks: list[tuple[Callable[[GradientStore, int], int], int, tuple[str, ...]]] = [
+        *((_check_shard, shard, (shard_file(shard),)) for shard in range(store.manifest.shards)),
+        *((_check_data, shard, data_files(shard)) for shard in range(store.manifest.data_shards)),
+        *([(_check_documents, 0, (OFFSETS,))] if store.manifest.documents is not None else []),
+    ]
+    for check, shard, names in checks:
+        known = [store.entries[name] for name in names if name in store.entries]
+        if len(known) < len(names) and store.complete:
+            problems.append(f"{folder / names[0]}: not in the journal of a finished store.")
+        if len(known) == len(names):
+            try:
+                rows += check(store, shard)
+            except GradStoreError as error:
+                problems.append(str(error))
+        files, size = files + len(known), size + sum(entry.bytes for entry in known)
     if store.complete:
         strays = [p for p in sorted(folder.glob("*/*")) if p.relative_to(folder).as_posix() not in store.entries]
         problems += [f"{stray}: a file that the journal does not know." for stray in strays]
@@ -145,11 +151,24 @@ def _check_shard(store: GradientStore, shard: int) -> int:
     return stop - start
 
 
+def _check_documents(store: GradientStore, _: int) -> int:
+    offsets = decode_offsets(map_file(store.path, store.entries[OFFSETS], verify=True))
+    try:
+        check_offsets(offsets, store.rows)
+    except InvalidInput as error:
+        raise StoreCorrupt(f"{store.path / OFFSETS}: {error}") from None
+    if len(offsets) - 1 != store.manifest.documents:
+        raise StoreCorrupt(
+            f"{store.path / OFFSETS}: {len(offsets) - 1} documents; expected {store.manifest.documents}."
+        )
+    return 0
+
+
 def _check_data(store: GradientStore, shard: int) -> int:
     """0, as data rows are no gradient rows; raises what is wrong with a data shard."""
     names = data_files(shard)
     lines, offsets = (map_file(store.path, store.entries[name], verify=True) for name in names)
-    start, stop = store.manifest.span(shard)
+    start, stop = store.manifest.data_span(shard)
     if count_rows(offsets) != stop - start:
         raise StoreCorrupt(f"{store.path / names[1]}: {count_rows(offsets)} rows; expected {stop - start}.")
     if np.frombuffer(offsets, "<i8", count=1, offset=len(offsets) - 8)[0] != len(lines):

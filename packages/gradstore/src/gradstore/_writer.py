@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstore import _journal, _manifest
-from gradstore._data import data_files, encode_rows
+from gradstore._data import OFFSETS, check_offsets, data_files, encode_offsets, encode_rows
 from gradstore._encodings import Layout, Tensor, is_finite
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
 from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, sync_folder, write_atomic, write_errors
@@ -68,6 +68,7 @@ class StoreWriter:
         rows_per_shard: int | None = None,
         side_columns: Sequence[str] | Mapping[str, str | Side] = ("loss", "tokens", "sq_norm"),
         data: bool = True,
+        offsets: NDArray[Any] | None = None,
     ) -> StoreWriter:
         """Make an empty store of known size.
 
@@ -81,6 +82,8 @@ class StoreWriter:
             rows_per_shard: Default: at most 64 MiB and 8,192 rows, about a sixteenth of a small store.
             side_columns: Numbers beside each row: names (`tokens` is int32, others fp32), or name → dtype or `Side`.
             data: Whether the dataset rows are kept too (`write_data`).
+            offsets: For a store of tokens: int [documents + 1], document d has rows `offsets[d]` to `offsets[d + 1]`;
+                documents may be empty. `write_data` then takes one row per document.
         """
         store = Path(path)
         manifest = _manifest.new_manifest(
@@ -92,7 +95,9 @@ class StoreWriter:
             rows_per_shard=rows_per_shard,
             side=side_columns,
             data=data,
+            documents=None if offsets is None else len(offsets) - 1,
         )
+        starts = None if offsets is None else check_offsets(offsets, rows)
         _require_free(store)
         with write_errors(store):
             store.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,10 @@ class StoreWriter:
                     shutil.rmtree(store / folder)
                 with write_errors(store / folder):
                     (store / folder).mkdir()
-            write_atomic(store / _journal.NAME, [])
+            lines: list[bytes] = []
+            if starts is not None:
+                lines.append(Entry(OFFSETS, *write_atomic(store / OFFSETS, [encode_offsets(starts)])).render())
+            write_atomic(store / _journal.NAME, lines)
             manifest.save(store)
             return cls(store, lock)
         except BaseException:
@@ -206,17 +214,19 @@ class StoreWriter:
         self._raise_pending_error()
         if not self.manifest.data:
             raise InvalidInput(f"{self.path}: the store was created with data=False.")
-        total = self.manifest.span(first_shard)[0]
+        items = self.manifest.items
+        total = self.manifest.data_span(first_shard)[0]
         for shard, (count, *parts) in enumerate(encode_rows(rows, self.manifest.rows_per_shard), first_shard):
-            start, stop = self.manifest.span(shard)
+            start, stop = self.manifest.data_span(shard)
             total += count
-            if shard >= self.manifest.shards or total != stop:
+            if shard >= self.manifest.data_shards or total != stop:
                 break
             for file, part in zip(data_files(shard), parts):
                 self._add_data(file, part, start, stop)
-        if total != self.manifest.rows:
-            more = " or more" if total > self.manifest.rows else ""
-            raise InvalidInput(f"write_data got {total}{more} rows; the store has {self.manifest.rows}.")
+        if total != items:
+            more = " or more" if total > items else ""
+            unit = "rows" if self.manifest.documents is None else "documents"
+            raise InvalidInput(f"write_data got {total}{more} rows; the store has {items} {unit}.")
 
     def finish(self) -> None:
         """Wait for the writer thread, check that nothing is missing, and mark the store complete in one step."""
@@ -325,9 +335,7 @@ class StoreWriter:
             )
 
     def _missing_data(self) -> list[str]:
-        if not self.manifest.data:
-            return []
-        files = (file for shard in range(self.manifest.shards) for file in data_files(shard))
+        files = (file for shard in range(self.manifest.data_shards) for file in data_files(shard))
         return [file for file in files if file not in self._journal.entries]
 
     def _clean(self) -> None:
@@ -340,6 +348,8 @@ class StoreWriter:
                     f"{path}: {'missing' if size is None else f'{size} bytes'}; the journal says {entry.bytes} bytes. "
                     "Restore it from a copy, or run repair, then resume."
                 )
+        if self.manifest.documents is not None and OFFSETS not in self._journal.entries:
+            raise StoreCorrupt(f"{self.path / OFFSETS}: missing or damaged; the store must be built anew.")
         for path in [*self.path.glob("*/*"), *self.path.glob(f"*{TEMP_SUFFIX}")]:
             if path.relative_to(self.path).as_posix() not in self._journal.entries:
                 with write_errors(path):
@@ -368,7 +378,7 @@ def _require_free(store: Path) -> None:
         if not store.is_dir():
             raise StoreExists(f"{store}: is a file. Choose a new folder for the store.")
         # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
-        ours = {"writer.lock", "shards", "data", _journal.NAME}
+        ours = {"writer.lock", "shards", "data", _journal.NAME, OFFSETS}
         foreign = {p.name for p in store.iterdir() if p.name not in ours and p.suffix != TEMP_SUFFIX}
         if foreign:
             raise StoreExists(f"{store}: not empty ({min(foreign)!r} is in it). Choose a new folder for the store.")
