@@ -59,8 +59,10 @@ def test_every_half_is_decoded_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)[:, None]
     finite = bits[np.isfinite(bits[:, 0])]
     layout = Layout("fp16", {"a": 1})
-    np.testing.assert_array_equal(layout.decode({"rows": finite}), finite.astype(np.float32))
-    assert np.signbit(layout.decode({"rows": np.array([[-0.0]], np.float16)})).all()
+    np.testing.assert_array_equal(
+        layout.decode({"rows": finite, "scale": np.ones(len(finite), np.float32)}), finite.astype(np.float32)
+    )
+    assert np.signbit(layout.decode({"rows": np.array([[-0.0]], np.float16), "scale": np.ones(1, np.float32)})).all()
 
 
 def test_zero_rows_and_one_row(tmp_path, make, write):

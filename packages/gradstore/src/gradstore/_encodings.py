@@ -73,14 +73,34 @@ class Layout:
     def decode(
         self, tensors: Mapping[str, Stored], modules: Sequence[int] | None = None, bits: int | None = None
     ) -> F32:
-        """float32 [n, d] of all modules or of those given; fp16 still lacks its scale, fp32 stays a view if it can."""
-        if self.bits is not None:
-            return self._decode_planes(tensors, modules, bits or self.bits)
-        rows = tensors["rows"]
-        if modules is None:
-            return _decode_floats(rows, self.dtype)
-        parts = [_decode_floats(rows[:, self.slices[module]], self.dtype) for module in modules]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        """float32 [n, d] of all modules or of those given, from the first `bits` planes; fp32 stays a view."""
+        if self.bits is None:
+            values = self._decode_floats(tensors, modules)
+            return values if self.dtype != "fp16" else values * tensors["scale"].view(np.float32)[:, None]
+        chosen = list(range(len(self.widths)) if modules is None else modules)
+        values, scale = self._decode_planes(tensors, chosen, bits or self.bits)
+        parts = [values[:, start : start + self.widths[m]] for m, start in zip(chosen, self._padded_starts(chosen))]
+        scaled = [part * scale[:, column, None] for column, part in enumerate(parts)]
+        return np.concatenate([np.empty((len(values), 0), np.float32), *scaled], axis=1)
+
+    def products(
+        self, tensors: Mapping[str, Stored], queries: F32, modules: Sequence[int] | None, bits: int | None
+    ) -> F32:
+        """`decode(…) @ queries`, float32 [n, q], with scales applied to the products instead of the rows."""
+        if self.bits is None:
+            result = self._decode_floats(tensors, modules) @ queries
+            return result if self.dtype != "fp16" else result * tensors["scale"].view(np.float32)[:, None]
+        chosen = list(range(len(self.widths)) if modules is None else modules)
+        values, scale = self._decode_planes(tensors, chosen, bits or self.bits)
+        result = np.zeros((len(values), queries.shape[1]), np.float32)
+        row = 0
+        for column, (module, start) in enumerate(zip(chosen, self._padded_starts(chosen))):
+            width = self.widths[module]
+            part = values[:, start : start + width] @ queries[row : row + width]
+            part *= scale[:, column, None]
+            result += part
+            row += width
+        return result
 
     def _encode(self, rows: F32) -> dict[str, Tensor]:
         if self.bits is not None:
@@ -105,25 +125,25 @@ class Layout:
         values = self.decode({name: tensor.array for name, tensor in tensors.items()})
         return {**tensors, "norm": Tensor("F32", _norms(values))}
 
-    def _decode_planes(self, tensors: Mapping[str, Stored], modules: Sequence[int] | None, read: int) -> F32:
-        bits = self.bits or read
-        chosen = range(len(self.widths)) if modules is None else modules
+    def _decode_floats(self, tensors: Mapping[str, Stored], modules: Sequence[int] | None) -> F32:
+        rows = tensors["rows"]
+        if modules is None:
+            return _decode_floats(rows, self.dtype)
+        parts = [_decode_floats(rows[:, self.slices[module]], self.dtype) for module in modules]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _decode_planes(self, tensors: Mapping[str, Stored], modules: Sequence[int], read: int) -> tuple[F32, F32]:
+        """Values [n, padded d] in units of the scale, and the scale [n, modules]."""
         planes = [tensors[f"plane{p}"].view(np.uint8) for p in range(read)]
         scale = tensors["scale"].view(np.float32)
-        if modules is not None:
+        if len(modules) < len(self.widths) or list(modules) != list(range(len(self.widths))):
             ranges = [slice(self._bytes[m], self._bytes[m + 1]) for m in modules]
             planes = [np.concatenate([plane[:, part] for part in ranges], axis=1) for plane in planes]
             scale = scale[:, list(modules)]
-        values = dequantise(planes, bits)
-        start, kept = 0, np.empty((len(values), sum(self.widths[m] for m in chosen)), np.float32)
-        whole = kept.shape == values.shape  # no module needed padding
-        end = 0
-        for column, module in enumerate(chosen):
-            width = self.widths[module]
-            out = values[:, start : start + width] if whole else kept[:, end : end + width]
-            np.multiply(values[:, start : start + width], scale[:, column, None], out=out)
-            start, end = start + padded(width), end + width
-        return values if whole else kept
+        return dequantise(planes, self.bits or read), scale
+
+    def _padded_starts(self, modules: Sequence[int]) -> list[int]:
+        return np.cumsum([0, *(padded(self.widths[m]) for m in modules)]).tolist()[:-1]
 
 
 def is_finite(stored: Stored) -> NDArray[np.bool_]:

@@ -172,27 +172,23 @@ class _Scorer:
         out = np.empty(len(rows), np.float32)
         for place in np.argsort(rows, kind="stable").tolist():
             block = self._store.one(int(rows[place]))
-            out[place] = self._exact_scores(query, block.values(self._modules, self._bits), block.scale)[0]
+            out[place] = self._exact_scores(query, block.values(self._modules, self._bits))[0]
         return out
 
-    def _exact_scores(self, query: int, values: F32, scale: F32 | None) -> F32:
+    def _exact_scores(self, query: int, values: F32) -> F32:
         picked = values.astype(np.float64)
         dot = (picked * self._exact[query]).sum(axis=1)
-        if self._cos:  # the row's scale cancels
+        if self._cos:
             lengths = self._norms[query] * np.sqrt(np.multiply(picked, picked, out=picked).sum(axis=1))
             dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
-        elif scale is not None:
-            dot *= scale
         return dot.astype(np.float32)
 
     def _score(self, block: Block) -> tuple[int, _ScoredBlock]:
-        values, scale = block.values(self._modules, self._bits), block.scale
-        # the stored norm is that of whole rows with all their bits
-        norm = block.norm if self._modules is None and self._bits is None else _norms(values, scale)
+        norm = block.norm  # of whole rows with all their bits; it bounds that of some modules, which is all `dot` needs
+        if self._bits is not None or (self._cos and self._modules is not None):
+            norm = _norms(block.values(self._modules, self._bits))
         with np.errstate(over="ignore", invalid="ignore"):
-            result = (values @ self._queries).T
-            if scale is not None:
-                result *= scale
+            result = block.products(self._queries, self._modules, self._bits).T
             if self._cos:
                 result = np.divide(result, norm, out=np.zeros_like(result), where=norm > 0)
         if not np.isfinite(result).all():
@@ -205,7 +201,7 @@ class _Scorer:
             errors = np.where(self._norms[:, None] > 0, self._norms[:, None] * bound, 0)
 
         def exact(query: int, rows: I64) -> F32:
-            return self._exact_scores(query, values[rows], None if scale is None else scale[rows])
+            return self._exact_scores(query, block.values(self._modules, self._bits, rows))
 
         return block.start, _ScoredBlock(result, errors.astype(np.float32), exact)
 
@@ -237,14 +233,14 @@ def check_queries(store: GradientStore, queries: NDArray[Any], metric: str) -> F
     return exact
 
 
-def _norms(values: F32, scale: F32 | None) -> F32:
+def _norms(values: F32) -> F32:
     with np.errstate(over="ignore"):
         squares = np.einsum("nd,nd->n", values, values)
     norms = np.sqrt(squares)
     odd = ~((squares > _TINY) & (squares < np.inf))  # the square left float32's range, the norm need not have
     if odd.any():
         norms[odd] = np.linalg.norm(values[odd].astype(np.float64), axis=1)
-    return norms if scale is None else norms * scale
+    return norms
 
 
 class _Best:

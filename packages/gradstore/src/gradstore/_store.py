@@ -24,25 +24,30 @@ _MAPPED_FILES = 16  # kept open for row-wise access; a sweep keeps one
 
 
 class Block:
-    """Consecutive rows of one shard as they lie in the memory map."""
+    """Rows of one shard as they lie in the memory map, and the ways to float32."""
 
-    __slots__ = ("_layout", "_tensors", "norm", "scale", "start", "stop")
+    __slots__ = ("_layout", "_tensors", "norm", "start", "stop")
 
     def __init__(self, start: int, tensors: Mapping[str, Stored], layout: Layout) -> None:
         self.start, self.stop = start, start + len(tensors["norm"])
         self._tensors, self._layout = tensors, layout
-        self.norm: F32 = tensors["norm"].view(np.float32)  # [n], of the scaled row over all modules
-        # [n] to multiply the values by; None where decoding leaves nothing to do
-        self.scale: F32 | None = tensors["scale"].view(np.float32) if layout.dtype == "fp16" else None
+        self.norm: F32 = tensors["norm"].view(np.float32)  # [n], over all modules and bits
 
     def cut(self, start: int, stop: int) -> Block:
         """Rows `start` to `stop` (numbers of the store) of this block."""
         part = slice(start - self.start, stop - self.start)
         return Block(start, {name: self._tensors[name][part] for name in self._layout.shapes}, self._layout)
 
-    def values(self, modules: Sequence[int] | None = None, bits: int | None = None) -> F32:
-        """float32 [n, d] without the scale; a view where nothing needs doing."""
-        return self._layout.decode(self._tensors, modules, bits)
+    def values(
+        self, modules: Sequence[int] | None = None, bits: int | None = None, rows: NDArray[np.int64] | None = None
+    ) -> F32:
+        """float32 [n, d], of all rows or of those at the given places; a view where nothing needs doing."""
+        picked = self._tensors if rows is None else {name: self._tensors[name][rows] for name in self._layout.shapes}
+        return self._layout.decode(picked, modules, bits)
+
+    def products(self, queries: F32, modules: Sequence[int] | None, bits: int | None) -> F32:
+        """`values(modules, bits) @ queries`, float32 [n, q], but faster."""
+        return self._layout.products(self._tensors, queries, modules, bits)
 
 
 class GradientStore:
@@ -130,10 +135,7 @@ class GradientStore:
         for shard in range(start // per_shard, -(-stop // per_shard) if stop > start else 0):
             whole = self._shard_block(shard)
             part = whole.cut(max(start, whole.start), min(stop, whole.stop))
-            target = out[part.start - start : part.stop - start]
-            target[:] = part.values(chosen)
-            if part.scale is not None:
-                target *= part.scale[:, None]
+            out[part.start - start : part.stop - start] = part.values(chosen)
         return out
 
     def row(self, index: int) -> F32:
@@ -170,7 +172,7 @@ class GradientStore:
 
     @property
     def offsets(self) -> NDArray[np.int64] | None:
-        """In a per-token store int64 [documents + 1], document d has rows `offsets[d]` to `offsets[d + 1]`; else None."""
+        """In a per-token store int64 [documents + 1], document d has rows `offsets[d]` to `offsets[d + 1]`; or None."""
         return None if self.manifest.documents is None else decode_offsets(self._map(OFFSETS))
 
     def document(self, index: int) -> tuple[int, int]:
