@@ -21,6 +21,7 @@ from sparsify._errors import (
 if TYPE_CHECKING:
     from sparsify._cache import ActivationCache, build_cache
     from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
+    from sparsify._evaluate import Evaluation, evaluate, grafted
     from sparsify._trainer import SaeTrainer, Trainer
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
     "SaeTrainer",
     "ActivationCache",
     "build_cache",
+    "Evaluation",
+    "evaluate",
+    "grafted",
     "SparsifyError",
     "CheckpointError",
     "ConfigError",
@@ -53,6 +57,9 @@ _LAZY = {
     "Trainer": "sparsify._trainer",
     "ActivationCache": "sparsify._cache",
     "build_cache": "sparsify._cache",
+    "Evaluation": "sparsify._evaluate",
+    "evaluate": "sparsify._evaluate",
+    "grafted": "sparsify._evaluate",
     "SaeTrainer": "sparsify._trainer",
 }
 

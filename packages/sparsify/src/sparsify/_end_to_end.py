@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ def spliced_loss(
     """
     codes: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def replacement(name: str, coder: SparseCoder) -> Callable[[Tensor, Tensor], Tensor]:
-        def replace(x: Tensor, y: Tensor) -> Tensor:
-            source = (x if coder.cfg.transcode else y).float()
+    def replacement(name: str, coder: SparseCoder) -> _hooks.Replacement:
+        def replace(x: Tensor | None, y: Tensor) -> Tensor:
+            source = (x if coder.cfg.transcode and x is not None else y).float()
             # total_variance=1: the reconstruction is wanted, its FVU is not.
             out = coder(source, y.float(), total_variance=source.new_ones(()), k=k)
             codes[name] = (out.latent_acts.detach(), out.latent_indices)

@@ -21,6 +21,10 @@ class Site(NamedTuple):
     output: Tensor
 
 
+Replacement = Callable[[Tensor | None, Tensor], Tensor]
+"""From a module's input and output to the tensor that stands in for the output; the input is None where it is ids."""
+
+
 class _AllReached(BaseException):
     """Leaves a forward pass once every hookpoint has been seen. Not an Exception: models may catch those."""
 
@@ -102,7 +106,7 @@ def run(model: nn.Module, tokens: Tensor, hookpoints: Sequence[str], *, inputs: 
 
 
 @contextmanager
-def spliced(model: nn.Module, replace: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
+def spliced(model: nn.Module, replace: Mapping[str, Replacement]) -> Iterator[None]:
     """While open, each hookpoint's output tensor becomes ``replace[name](input, output)``; its other outputs stay.
 
     The model is as before when the block ends, however it ends.
@@ -112,7 +116,7 @@ def spliced(model: nn.Module, replace: Mapping[str, Callable[[Tensor, Tensor], T
     def splicer(name: str) -> Callable[..., Any]:
         def splice(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             old = first_output(output, name)
-            new = replace[name](first_input(args, kwargs, name), old)
+            new = replace[name](_real_input(args, kwargs), old)
             return _with_first(output, new.to(old.dtype))
 
         return splice
@@ -157,11 +161,17 @@ def frozen(model: nn.Module, *, no_parameter_gradients: bool = False) -> Iterato
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
     """The module's main input: its first tensor argument, ``hidden_states`` among keywords."""
-    candidates = [*args, kwargs.get("hidden_states"), *kwargs.values()]
-    for value in candidates:
+    found = _real_input(args, kwargs)
+    if found is None:
+        raise HookpointError(f"{name} is not called with a tensor of real numbers, so it has no input to read")
+    return found
+
+
+def _real_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    for value in [*args, kwargs.get("hidden_states"), *kwargs.values()]:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise HookpointError(f"{name} is not called with a tensor of real numbers, so it has no input to read")
+    return None
 
 
 def first_output(output: Any, name: str) -> Tensor:
