@@ -128,7 +128,9 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer in {name!r}: {_first_line(error)} (--tokenizer names another)") from error
+        raise ModelError(
+            f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)} (--tokenizer names another)"
+        ) from error
     if not tokenizer.vocab_size:  # transformers 5 makes an empty one where the files are missing
         raise ModelError(f"no tokenizer in {name!r}: its vocabulary is empty (--tokenizer names another)")
     return tokenizer
@@ -156,7 +158,7 @@ def _require_model_name(name: str) -> None:
         raise ModelError("no model is named: --model takes a folder or a hub id")
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"there is no model folder {name!r}")
+        raise ModelError(f"there is no model folder {name!r}: --model takes a folder or a hub id")
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"the folder {name!r} holds no config.json, so no model")
 

@@ -38,8 +38,11 @@ def replay(context: click.Context, file: str) -> Any:
     if unknown := sorted(set(options) - known):
         raise click.ClickException(f"{file}: {name} has no option {', '.join(unknown)}")
     with command.make_context(name, [], parent=context, resilient_parsing=True) as inner:
+        inner.resilient_parsing = False
         for parameter in command.params:
+            if parameter.required and options.get(str(parameter.name)) is None:
+                raise click.MissingParameter(ctx=inner, param=parameter)
             if parameter.name in options:
                 # As if typed: a hand-edited file is checked like a command line.
-                inner.params[parameter.name] = parameter.type_cast_value(inner, options[parameter.name])
-        return inner.invoke(command)
+                inner.params[parameter.name] = parameter.process_value(inner, options[parameter.name])
+        return command.invoke(inner)
