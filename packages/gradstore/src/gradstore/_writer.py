@@ -24,7 +24,8 @@ from gradstore._journal import Entry, Journal
 from gradstore._manifest import Side
 from gradstore._shard import shard_parts
 
-_QUEUED_SHARDS = 2  # enough to hide a slow fsync, small enough that memory stays flat
+_THREADS = 2  # one shard is encoded while another waits for the disk
+_QUEUED_SHARDS = 1  # with those in work three shards at most are held, so memory stays flat
 _SAFETENSORS = {"fp32": "F32", "fp64": "F64", "int32": "I32", "int64": "I64"}
 
 Job = tuple[int, NDArray[np.float32], dict[str, Tensor]]
@@ -53,7 +54,7 @@ class StoreWriter:
         self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
         self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
         self._error: BaseException | None = None
-        self._thread: Thread | None = None
+        self._threads: list[Thread] = []
 
     @classmethod
     def create(
@@ -158,7 +159,7 @@ class StoreWriter:
             rows: [stop - start, width], modules side by side in the order of `columns`; cast to float32, then encoded.
             side: One array [stop - start] (or [stop - start, w]) per side column, no more and no fewer.
 
-        Encoding, checksum and write run in a thread of their own; what goes wrong there (non-finite values, a full
+        Encoding, checksum and write run in threads of their own; what goes wrong there (non-finite values, a full
         disk) is raised by the next call or by `finish`.
         """
         self._raise_pending_error()
@@ -174,9 +175,10 @@ class StoreWriter:
             )
         with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32 is refused by name below
             job = shard_index, np.array(rows, np.float32), self._side_tensors(side or {}, start, stop)
-        if self._thread is None:
-            self._thread = Thread(target=self._work, name="gradstore-writer", daemon=True)
-            self._thread.start()
+        if not self._threads:
+            self._threads = [Thread(target=self._work, name="gradstore-writer", daemon=True) for _ in range(_THREADS)]
+            for thread in self._threads:
+                thread.start()
         self._queue.put(job)
         self._accepted.add(shard_index)
 
@@ -229,7 +231,7 @@ class StoreWriter:
             raise InvalidInput(f"write_data got {total}{more} rows; the store has {items} {unit}.")
 
     def finish(self) -> None:
-        """Wait for the writer thread, check that nothing is missing, and mark the store complete in one step."""
+        """Wait for the writer threads, check that nothing is missing, and mark the store complete in one step."""
         self._drain()
         self._raise_pending_error()
         if self.pending:
@@ -356,10 +358,11 @@ class StoreWriter:
                     path.unlink()
 
     def _drain(self) -> None:
-        if self._thread is not None:
+        for _ in self._threads:
             self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
     def _raise_pending_error(self) -> None:
         if self._journal.closed:
