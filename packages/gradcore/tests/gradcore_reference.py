@@ -7,18 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gradcore import CapturePlan
+
 
 def one_by_one(model: nn.Module, losses: Callable[[int], Tensor], examples: int, names: list[str]) -> dict[str, Tensor]:
     """Weight gradients [examples, out, in] of each example's own loss; Conv1D is turned to [out, in]."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    plan = CapturePlan.for_model(model, names)
+    return planned_one_by_one(model, losses, examples, plan)
+
+
+def planned_one_by_one(
+    model: nn.Module, losses: Callable[[int], Tensor], examples: int, plan: CapturePlan
+) -> dict[str, Tensor]:
+    """The same for every module of a plan, biases as a last column."""
+    found: dict[str, list[Tensor]] = {planned.name: [] for planned in plan.modules}
     for example in range(examples):
         model.zero_grad()
         losses(example).backward()
-        for name in names:
-            module = model.get_submodule(name)
-            gradient = module.get_parameter("weight").grad
-            gradient = torch.zeros_like(module.get_parameter("weight")) if gradient is None else gradient.clone()
-            found[name].append(gradient.T if type(module).__name__ == "Conv1D" else gradient)
+        for planned in plan.modules:
+            module = model.get_submodule(planned.name)
+            gradient = _gradient(module, "weight")
+            gradient = gradient.T if type(module).__name__ == "Conv1D" else gradient.reshape(planned.out_features, -1)
+            columns = [gradient, _gradient(module, "bias")[:, None]] if planned.bias else [gradient]
+            found[planned.name].append(torch.cat(columns, dim=1))
     model.zero_grad()
     return {name: torch.stack(gradients) for name, gradients in found.items()}
 
@@ -26,3 +37,8 @@ def one_by_one(model: nn.Module, losses: Callable[[int], Tensor], examples: int,
 def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _gradient(module: nn.Module, name: str) -> Tensor:
+    parameter = module.get_parameter(name)
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

@@ -11,6 +11,7 @@ from torch import nn
 from gradcore import CaptureError, CapturePlan, GradientCollector, Identity, TwoSided, per_example_loss
 
 LENGTHS = (7, 3, 9, 2)
+MATRICES = ["blocks.*.up", "blocks.*.down"]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_equals_autograd_one_example_at_a_time(language, reduction):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*", reduction=reduction)
+    plan = CapturePlan.for_model(model, MATRICES, reduction=reduction)
     found = collect(model, plan, ids, labels).gradients
     assert list(found) == NAMES
 
@@ -56,8 +57,8 @@ def test_equals_autograd_one_example_at_a_time(language, reduction):
 def test_sketch_is_l_g_r_transposed(language, entries):
     model, ids, labels = language
     sketch = TwoSided(4, entries, seed=3)
-    whole = collect(model, CapturePlan.for_model(model, "blocks.*"), ids, labels).gradients
-    found = collect(model, CapturePlan.for_model(model, "blocks.*", sketch=sketch), ids, labels).gradients
+    whole = collect(model, CapturePlan.for_model(model, MATRICES), ids, labels).gradients
+    found = collect(model, CapturePlan.for_model(model, MATRICES, sketch=sketch), ids, labels).gradients
     for name in NAMES:
         left = sketch.matrix(name, "left", whole[name].shape[1])
         right = sketch.matrix(name, "right", whole[name].shape[2])
@@ -66,7 +67,7 @@ def test_sketch_is_l_g_r_transposed(language, entries):
 
 def test_batch_order_and_padding_do_not_matter(language):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*", sketch=TwoSided(4))
+    plan = CapturePlan.for_model(model, MATRICES, sketch=TwoSided(4))
     together = collect(model, plan, ids, labels).rows
     backwards = collect(model, plan, ids.flip(0), labels.flip(0)).rows.flip(0)
     padded = collect(
@@ -82,7 +83,7 @@ def test_batch_order_and_padding_do_not_matter(language):
 
 def test_closure_sees_the_same_gradients_and_nothing_is_kept(language):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*", sketch=TwoSided(4))
+    plan = CapturePlan.for_model(model, MATRICES, sketch=TwoSided(4))
     expected = collect(model, plan, ids, labels).gradients
     seen = {}
     with GradientCollector(model, plan, seen.__setitem__) as collector:
@@ -95,7 +96,7 @@ def test_closure_sees_the_same_gradients_and_nothing_is_kept(language):
 
 def test_several_backward_passes_follow_each_other(language):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*")
+    plan = CapturePlan.for_model(model, MATRICES)
     whole = collect(model, plan, ids, labels).rows
     with GradientCollector(model, plan) as collector:
         for part in (slice(0, 1), slice(1, 4)):
@@ -108,7 +109,7 @@ def test_several_backward_passes_follow_each_other(language):
 
 def test_take_reuses_its_buffer_and_shrinks_to_the_batch(language):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*")
+    plan = CapturePlan.for_model(model, MATRICES)
     with GradientCollector(model, plan) as collector:
         losses(model, ids, labels).sum().backward()
         first = collector.take()
@@ -180,7 +181,7 @@ def test_the_model_is_left_as_it_was_found(language):
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    collect(model, CapturePlan.for_model(model, "blocks.*"), ids, labels)
+    collect(model, CapturePlan.for_model(model, MATRICES), ids, labels)
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -190,7 +191,7 @@ def test_the_model_is_left_as_it_was_found(language):
 
 def test_hooks_and_flags_are_put_back_after_an_error(language):
     model, _, _ = language
-    with pytest.raises(ZeroDivisionError), GradientCollector(model, CapturePlan.for_model(model, "blocks.*")):
+    with pytest.raises(ZeroDivisionError), GradientCollector(model, CapturePlan.for_model(model, MATRICES)):
         _ = 1 / 0
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -201,7 +202,7 @@ def test_without_freezing_training_gradients_are_untouched(language):
     losses(model, ids, labels).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    plan = CapturePlan.for_model(model, "blocks.*")
+    plan = CapturePlan.for_model(model, MATRICES)
     with GradientCollector(model, plan, freeze=False) as collector:
         losses(model, ids, labels).sum().backward()
     for name, gradient in expected.items():
@@ -212,7 +213,7 @@ def test_without_freezing_training_gradients_are_untouched(language):
 
 def test_scaling_the_loss_scales_the_gradient(language):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*")
+    plan = CapturePlan.for_model(model, MATRICES)
     plain = collect(model, plan, ids, labels).rows
     with GradientCollector(model, plan) as collector:
         (losses(model, ids, labels) * torch.tensor([1.0, 2.0, 4.0, 0.0])).sum().backward()
@@ -222,7 +223,7 @@ def test_scaling_the_loss_scales_the_gradient(language):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(language, dtype):
     model, ids, labels = language
-    plan = CapturePlan.for_model(model, "blocks.*", sketch=TwoSided(4))
+    plan = CapturePlan.for_model(model, MATRICES, sketch=TwoSided(4))
     exact = collect(model, plan, ids, labels).rows
     half = collect(model.to(dtype), plan, ids, labels).rows
     assert relative(half, exact) < (0.03 if dtype == torch.bfloat16 else 0.005)

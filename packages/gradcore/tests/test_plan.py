@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from gradcore_models import TinyLM
+from torch import nn
 
 from gradcore import (
     CaptureError,
@@ -18,17 +19,19 @@ from gradcore import (
     model_fingerprint,
 )
 
+MATRICES = ["blocks.*.up", "blocks.*.down"]
+
 
 @pytest.fixture
 def plan():
-    return CapturePlan.for_model(TinyLM(), "blocks.*", sketch=TwoSided(4), fingerprint="abc")
+    return CapturePlan.for_model(TinyLM(), MATRICES, sketch=TwoSided(4), fingerprint="abc")
 
 
 def test_columns_follow_modules(plan):
     assert plan.columns == {"blocks.0.up": 16, "blocks.0.down": 16, "blocks.1.up": 16, "blocks.1.down": 16}
     assert plan.width == 64
     assert plan.slices["blocks.1.up"] == slice(32, 48)
-    whole = CapturePlan.for_model(TinyLM(), "blocks.*")
+    whole = CapturePlan.for_model(TinyLM(), MATRICES)
     assert whole.shapes["blocks.0.up"] == (16, 8)
     assert whole.shapes["blocks.0.down"] == (8, 16)
 
@@ -70,7 +73,7 @@ def test_mismatch_of_modules_shows_the_first_difference(plan):
         plan.require_equal(plan.restrict("blocks.0.*"))
     with pytest.raises(PlanMismatch, match=r"query has blocks.0.up \[16, 8\], index has blocks.0.up \[12, 6\]"):
         plan.require_equal(
-            CapturePlan.for_model(TinyLM(width=6), "blocks.*", sketch=TwoSided(4)), this="query", that="index"
+            CapturePlan.for_model(TinyLM(width=6), MATRICES, sketch=TwoSided(4)), this="query", that="index"
         )
 
 
@@ -83,20 +86,32 @@ def test_empty_plans_and_unknown_reductions_are_refused(plan):
 
 def test_coverage_lists_what_is_left_out():
     model = TinyLM()
-    report = coverage(model, CapturePlan.for_model(model, "blocks.*"))
+    report = coverage(model, CapturePlan.for_model(model, MATRICES))
     assert report.total == sum(parameter.numel() for parameter in model.parameters())
     assert report.captured == 4 * 8 * 16
     assert report.captured + sum(each.floats for each in report.left_out) == report.total
     reasons = {each.module: each.reason for each in report.left_out}
     assert reasons["head"] == "not selected"
-    assert "Embedding is not a captured layer type" in reasons["embed"]
-    assert reasons["blocks.0.up"] == "only the weight matrix is captured"
+    assert reasons["blocks.0.up"] == "only the weight is captured (include_bias adds the bias)"
+
+
+def test_everything_is_covered_with_biases():
+    model = TinyLM()
+    report = coverage(model, CapturePlan.for_model(model, include_bias=True))
+    assert report.share == 1
+    assert report.left_out == ()
+
+
+def test_unknown_layer_types_are_listed():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.PReLU())
+    report = coverage(model, CapturePlan.for_model(model))
+    assert [(each.module, each.reason) for each in report.left_out] == [("1", "PReLU is not a captured layer type")]
 
 
 def test_coverage_counts_tied_parameters_once():
     model = TinyLM()
     model.head.weight = model.embed.weight
-    report = coverage(model, CapturePlan.for_model(model, "blocks.*"))
+    report = coverage(model, CapturePlan.for_model(model, MATRICES))
     assert report.total == sum(parameter.numel() for parameter in model.parameters())
 
 

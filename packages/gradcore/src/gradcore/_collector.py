@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradcore._errors import CaptureError
-from gradcore._plan import CapturePlan
+from gradcore._factors import Factor
+from gradcore._plan import CapturePlan, ModulePlan
 from gradcore.layers import Layer, layer_for
 from gradcore.sketches import BoundSketch
 
@@ -79,9 +80,9 @@ class GradientCollector:
             layer = layer_for(module) if module is not None else None
             if module is None or layer is None:
                 raise CaptureError(f"the model has no module {planned.name!r} that can be captured, the plan does")
-            if layer.shape(module) != (planned.out_features, planned.in_features):
-                expected = (planned.out_features, planned.in_features)
-                raise CaptureError(f"{planned.name} is {list(layer.shape(module))}, the plan says {list(expected)}")
+            found, expected = layer.shape(module, planned.bias), (planned.out_features, planned.in_features)
+            if found != expected:
+                raise CaptureError(f"{planned.name} is {list(found)}, the plan says {list(expected)}")
         if self._freeze:
             self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for parameter in self._frozen:
@@ -89,10 +90,12 @@ class GradientCollector:
         for planned in self.plan.modules:
             module = modules[planned.name]
             device = next(module.parameters()).device
-            bound = self.plan.sketch.bind(planned.name, planned.out_features, planned.in_features, device)
+            bound = self.plan.sketch.bind(
+                planned.name, planned.out_features, planned.in_features, device, planned.elementwise
+            )
             layer = layer_for(module)
             assert layer is not None
-            hook = _forward_hook(self, planned.name, layer, bound)
+            hook = _forward_hook(self, planned, layer, bound)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -191,25 +194,41 @@ class _Pass:
         return like.new_empty(examples, self.plan.width)
 
 
-def _forward_hook(collector: GradientCollector, name: str, layer: Layer, bound: BoundSketch) -> Callable[..., Tensor]:
+def _forward_hook(
+    collector: GradientCollector, planned: ModulePlan, layer: Layer, bound: BoundSketch
+) -> Callable[..., Tensor]:
+    name = planned.name
+    keep, meet = bound.project_in, bound.project_out
+    if layer.forward_side == "out":
+        keep, meet = meet, keep
+
+    def gradient_of(kept: Factor, arrived: Tensor) -> Tensor:
+        if layer.elementwise:
+            assert isinstance(kept, Tensor)
+            parts = [(kept * arrived).sum(1), arrived.sum(1)] if planned.bias else [(kept * arrived).sum(1)]
+            return bound.vector(torch.stack(parts, dim=-1))
+        if layer.forward_side == "out":
+            return bound.combine(kept, meet(arrived))
+        return bound.combine(meet(arrived), kept)
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             raise CaptureError(
                 f"{name} ran with gradients switched off: leave torch.no_grad() and torch.inference_mode() "
                 "around the forward pass"
             )
-        given = args[0] if args else next(iter(kwargs.values()))
-        activation = layer.activation(module, given)
-        kept = bound.keep(activation)
+        given = (args[0] if args else next(iter(kwargs.values()))).detach()
+        factor = layer.forward(module, given, planned.bias)
+        kept = factor if layer.elementwise else keep(factor)
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
-        watched = given if kept.data_ptr() == given.data_ptr() else None
+        watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
         version = given._version
         current = collector._pass_for_forward()
 
         def receive(gradient: Tensor) -> None:
             if watched is not None and watched._version != version:
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
-            collector._receive(current, name, bound.contract(kept, layer.output_gradient(module, gradient)))
+            collector._receive(current, name, gradient_of(kept, layer.backward(module, gradient)))
 
         if not output.requires_grad:
             # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.

@@ -46,12 +46,12 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
     """Which parameters a plan captures; shared parameters belong to the first module that has them.
 
     >>> from torch import nn
-    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2, bias=False))
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
     >>> report = coverage(model, CapturePlan.for_model(model))
-    >>> report.captured, report.total, report.left_out[0].module
-    (8, 48, '0')
+    >>> report.captured, report.total, report.left_out[0].parameters
+    (48, 50, ('bias',))
     """
-    planned = {module.name for module in plan.modules}
+    planned = {module.name: module for module in plan.modules}
     seen: set[int] = set()
     captured, total, left_out = 0, 0, list[Uncaptured]()
     for name, module in model.named_modules():
@@ -59,7 +59,7 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
         missed: dict[str, int] = {}
         for parameter_name, parameter in _own_parameters(module, seen):
             total += parameter.numel()
-            if name in planned and layer is not None and parameter_name == layer.weight:
+            if name in planned and layer is not None and parameter_name in layer.covered(module, planned[name].bias):
                 captured += parameter.numel()
             else:
                 missed[parameter_name] = parameter.numel()
@@ -78,5 +78,5 @@ def _own_parameters(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn
 
 def _reason(planned: bool, known: bool, module: nn.Module) -> str:
     if planned:
-        return "only the weight matrix is captured"
+        return "only the weight is captured (include_bias adds the bias)"
     return "not selected" if known else f"{type(module).__name__} is not a captured layer type"

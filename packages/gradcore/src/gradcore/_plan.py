@@ -22,12 +22,19 @@ REDUCTIONS = ("sum", "mean")
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One captured module: its dotted name, layer kind and gradient shape [out, in]."""
+    """One captured module: its dotted name, layer kind and gradient shape [out, in].
+
+    Attributes:
+        bias: whether the bias is captured as one more input that is always 1.
+        elementwise: whether this is a vector layer, whose gradient has no low-rank form.
+    """
 
     name: str
     kind: str
     out_features: int
     in_features: int
+    bias: bool = False
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class CapturePlan:
         sketch: Sketch | None = None,
         loss: str = "ce",
         reduction: str = "sum",
+        include_bias: bool = False,
         fingerprint: str = "",
     ) -> CapturePlan:
         """Plan for every module of a captured layer type that the patterns select (all of them by default).
@@ -79,7 +87,7 @@ class CapturePlan:
         """
         names = select_modules(model, modules, exclude=exclude, where=lambda _, module: layer_for(module) is not None)
         return cls(
-            modules=tuple(_module_plan(name, model.get_submodule(name)) for name in names),
+            modules=tuple(_module_plan(name, model.get_submodule(name), include_bias) for name in names),
             sketch=sketch or Identity(),
             loss=loss,
             reduction=reduction,
@@ -89,7 +97,10 @@ class CapturePlan:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one example's captured gradient, by module."""
-        return {module.name: self.sketch.shape(module.out_features, module.in_features) for module in self.modules}
+        return {
+            module.name: self.sketch.shape(module.out_features, module.in_features, module.elementwise)
+            for module in self.modules
+        }
 
     @cached_property
     def columns(self) -> dict[str, int]:
@@ -181,8 +192,9 @@ def _show(module: ModulePlan) -> str:
     return f"{module.name} [{module.out_features}, {module.in_features}]"
 
 
-def _module_plan(name: str, module: nn.Module) -> ModulePlan:
+def _module_plan(name: str, module: nn.Module, include_bias: bool) -> ModulePlan:
     layer = layer_for(module)
     assert layer is not None  # for_model selected it by this very test
-    out_features, in_features = layer.shape(module)
-    return ModulePlan(name, layer.kind, out_features, in_features)
+    bias = include_bias and "bias" in layer.covered(module, True)
+    out_features, in_features = layer.shape(module, bias)
+    return ModulePlan(name, layer.kind, out_features, in_features, bias, layer.elementwise)

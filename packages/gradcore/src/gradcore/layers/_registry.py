@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from gradcore._factors import Factor
 
-@dataclass(frozen=True)
-class Layer:
-    """How one type of module yields the factors of its per-example weight gradient.
+Side = Literal["in", "out"]
 
-    Attributes:
-        kind: the name saved in plans, such as ``"linear"``.
-        matches: whether a module is of this type.
-        shape: ``(out, in)`` of the weight gradient, whatever the storage order of the weight.
-        activation: module and its input ``[n, ..., in]`` to the right factor ``[n, s, in]``.
-        output_gradient: module and the gradient of its output to the left factor ``[n, s, out]``.
-        weight: name of the parameter that is covered.
+
+class Layer(ABC):
+    """How one type of module yields the gradient of its parameters, example by example.
+
+    A *matrix* layer's gradient is a sum over positions of outer products, ``G_n = Σ_s out_ns in_nsᵀ``: one factor is known in
+    the forward pass, the other is the gradient of the output. A *vector* layer's is a sum of elementwise products.
     """
 
-    kind: str
-    matches: Callable[[nn.Module], bool]
-    shape: Callable[[nn.Module], tuple[int, int]]
-    activation: Callable[[nn.Module, Tensor], Tensor]
-    output_gradient: Callable[[nn.Module, Tensor], Tensor]
-    weight: str = "weight"
+    kind: ClassVar[str]
+    """The name saved in plans, such as ``"linear"``."""
+    forward_side: ClassVar[Side] = "in"
+    """Which factor the forward pass knows."""
+    elementwise: ClassVar[bool] = False
+    """Whether this is a vector layer: the gradient of the weight is ``Σ_s forward_ns ⊙ backward_ns``."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module is of this type."""
+
+    @abstractmethod
+    def shape(self, module: nn.Module, bias: bool) -> tuple[int, int]:
+        """``(out, in)`` of the gradient, whatever the storage order of the weight.
+
+        A bias is one more input that is always 1. A vector layer of width d has shape ``(d, 1)``, or ``(d, 2)`` with bias.
+        """
+
+    @abstractmethod
+    def forward(self, module: nn.Module, given: Tensor, bias: bool) -> Factor:
+        """The factor that the input gives: ``[n, s, width of forward_side]``."""
+
+    @abstractmethod
+    def backward(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        """The factor that the gradient of the output gives: ``[n, s, width of the other side]``."""
+
+    def covered(self, module: nn.Module, bias: bool) -> tuple[str, ...]:
+        """Names of the parameters whose gradient is captured."""
+        return ("weight", "bias") if bias and has_bias(module) else ("weight",)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether the module has a bias parameter."""
+    return isinstance(getattr(module, "bias", None), Tensor)
 
 
 _LAYERS: dict[str, Layer] = {}
 
 
-def register_layer(layer: Layer) -> Layer:
-    """Add a layer type; the one registered last wins where several match."""
-    _LAYERS[layer.kind] = layer
-    return layer
+def register_layer(cls: type[Layer]) -> type[Layer]:
+    """Class decorator: add a layer type; the one registered last wins where several match."""
+    _LAYERS[cls.kind] = cls()
+    return cls
 
 
 def layer_for(module: nn.Module) -> Layer | None:

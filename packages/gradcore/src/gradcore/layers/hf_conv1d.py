@@ -6,29 +6,27 @@ orientation. Recognised by name, so that transformers need not be installed.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
-from gradcore.layers._registry import Layer, register_layer
-from gradcore.layers.linear import positions
+from gradcore.layers._registry import has_bias, register_layer
+from gradcore.layers.linear import Linear
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    return any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in type(module).__mro__
-    )
+@register_layer
+class HFConv1D(Linear):
+    """Linear but for the storage."""
 
+    kind: ClassVar[str] = "hf_conv1d"
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.get_parameter("weight")
-    return weight.shape[1], weight.shape[0]
+    def matches(self, module: nn.Module) -> bool:
+        """By the name of a class that transformers defines."""
+        return any(
+            base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in type(module).__mro__
+        )
 
-
-HF_CONV1D = register_layer(
-    Layer(
-        kind="hf_conv1d",
-        matches=_is_hf_conv1d,
-        shape=_shape,
-        activation=positions,
-        output_gradient=positions,
-    )
-)
+    def shape(self, module: nn.Module, bias: bool) -> tuple[int, int]:
+        """``(out, in)``, the transpose of the weight's."""
+        weight = module.get_parameter("weight")
+        return weight.shape[1], weight.shape[0] + (bias and has_bias(module))

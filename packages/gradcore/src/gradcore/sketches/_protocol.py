@@ -1,4 +1,8 @@
-"""What every sketch says: a frozen description (plan) and, bound to one module, two tensor functions (execution)."""
+"""What every sketch says: a frozen description (plan) and, bound to one module, three tensor functions (execution).
+
+The gradient of a matrix layer is a sum of outer products, and a sketch is a projection of either factor and a way to
+combine them: the gradient itself need not exist.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,27 @@ import torch
 from torch import Tensor
 
 from gradcore._errors import GradCoreError
+from gradcore._factors import Factor
 
 
 class BoundSketch(ABC):
     """A sketch with the matrices of one module, made once a run."""
 
     @abstractmethod
-    def keep(self, activation: Tensor) -> Tensor:
-        """What to hold between forward and backward: ``[n, s, in]`` to ``[n, s, …]``."""
+    def project_out(self, factor: Factor) -> Factor:
+        """The out-side factor ``[n, s, out]`` to what is kept of it."""
 
     @abstractmethod
-    def contract(self, kept: Tensor, output_gradient: Tensor) -> Tensor:
-        """The sketched gradient ``[n, *shape]`` from what was kept and the output gradient ``[n, s, out]``."""
+    def project_in(self, factor: Factor) -> Factor:
+        """The in-side factor ``[n, s, in]`` to what is kept of it."""
+
+    @abstractmethod
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        """The sketched gradient ``[n, *shape]`` from both projected factors."""
+
+    @abstractmethod
+    def vector(self, gradient: Tensor) -> Tensor:
+        """The sketch of a vector layer's gradient ``[n, out, in]``, given whole."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +45,13 @@ class Sketch(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Shape of one example's sketched gradient for a weight of ``[out, in]``."""
+    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+        """Shape of one example's sketched gradient for a gradient of ``[out, in]``."""
 
     @abstractmethod
-    def bind(self, name: str, out_features: int, in_features: int, device: torch.device) -> BoundSketch:
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
         """The tensors for one module, on one device."""
 
     def to_dict(self) -> dict[str, Any]:

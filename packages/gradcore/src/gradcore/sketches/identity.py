@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradcore._factors import Factor, OneHot
 from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch
 
 
@@ -22,18 +23,29 @@ class Identity(Sketch):
 
     kind: ClassVar[str] = "identity"
 
-    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
         """``(out, in)``."""
         return out_features, in_features
 
-    def bind(self, name: str, out_features: int, in_features: int, device: torch.device) -> BoundSketch:
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
         """Nothing to make."""
         return _BoundIdentity()
 
 
 class _BoundIdentity(BoundSketch):
-    def keep(self, activation: Tensor) -> Tensor:
-        return activation.detach()  # no copy: the collector watches for in-place changes
+    def project_out(self, factor: Factor) -> Factor:
+        return factor
 
-    def contract(self, kept: Tensor, output_gradient: Tensor) -> Tensor:
-        return output_gradient.mT @ kept.to(output_gradient.dtype)  # [n, out, s] @ [n, s, in]
+    def project_in(self, factor: Factor) -> Factor:
+        return factor
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        assert isinstance(in_factor, Tensor)
+        if isinstance(out_factor, OneHot):
+            return out_factor.transposed_product(in_factor)
+        return out_factor.mT @ in_factor.to(out_factor.dtype)  # [n, out, s] @ [n, s, in]
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        return gradient

@@ -2,7 +2,8 @@
 
 ``E⟨L G Rᵀ, L H Rᵀ⟩ = ⟨G, H⟩`` for any G, H and any shape, since entries have variance 1/side (a scale that depended on
 the layer's shape would silently re-weight modules). A rank-1 gradient keeps its squared norm up to relative noise
-√((1+2/side)²−1) with normal entries.
+√((1+2/side)²−1) with normal entries. The gradient of a vector layer has no second side: it is kept whole where it is not
+larger than the sketch, and multiplied with one matrix where it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcore._errors import GradCoreError
+from gradcore._factors import Factor, OneHot
 from gradcore._philox import normal, rademacher, stream_key
 from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch
 
@@ -45,20 +47,30 @@ class TwoSided(Sketch):
         if self.entries not in _ENTRIES:
             raise GradCoreError(f"sketch entries must be one of {', '.join(_ENTRIES)}, not {self.entries!r}")
 
-    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """``(side, side)``."""
+    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+        """``(side, side)``; a vector layer has ``(min(side², d),)``."""
+        if elementwise:
+            return (min(self.side**2, out_features * in_features),)
         return self.side, self.side
 
-    def bind(self, name: str, out_features: int, in_features: int, device: torch.device) -> BoundSketch:
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
         """L ``[side, out]`` and R ``[side, in]`` of one module."""
+        if elementwise:
+            floats = out_features * in_features
+            whole = floats <= self.side**2
+            matrix = None if whole else self.matrix(name, "vector", floats, rows=self.side**2).to(device)
+            return _BoundVector(matrix)
         return _BoundTwoSided(
             left=self.matrix(name, "left", out_features).to(device),
             right=self.matrix(name, "right", in_features).to(device),
         )
 
-    def matrix(self, name: str, side: str, width: int) -> Tensor:
+    def matrix(self, name: str, side: str, width: int, *, rows: int = 0) -> Tensor:
         """The sketch matrix ``[side, width]`` in float32 of one module and side (``"left"`` or ``"right"``)."""
-        return _ENTRIES[self.entries](self.side, width, stream_key(name, side, self.seed)) / self.side**0.5
+        rows = rows or self.side
+        return _ENTRIES[self.entries](rows, width, stream_key(name, side, self.seed)) / rows**0.5
 
 
 class _BoundTwoSided(BoundSketch):
@@ -66,10 +78,41 @@ class _BoundTwoSided(BoundSketch):
         self._left_t = left.T.contiguous()  # [out, side]
         self._right_t = right.T.contiguous()  # [in, side]
 
-    def keep(self, activation: Tensor) -> Tensor:
-        return activation.detach() @ self._right_t.to(activation.dtype)  # [n, s, side]
+    def project_out(self, factor: Factor) -> Factor:
+        return _project(factor, self._left_t)  # [n, s, side]
 
-    def contract(self, kept: Tensor, output_gradient: Tensor) -> Tensor:
-        projected = output_gradient @ self._left_t.to(output_gradient.dtype)  # [n, s, side]
+    def project_in(self, factor: Factor) -> Factor:
+        return _project(factor, self._right_t)  # [n, s, side]
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        assert isinstance(out_factor, Tensor)
+        assert isinstance(in_factor, Tensor)
         # The sum over positions in float32: half precision would lose the small terms.
-        return projected.float().mT @ kept.float()
+        return out_factor.float().mT @ in_factor.float()
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        raise GradCoreError("a matrix layer's gradient comes as factors")
+
+
+class _BoundVector(BoundSketch):
+    def __init__(self, matrix: Tensor | None) -> None:
+        self._matrix = matrix
+
+    def project_out(self, factor: Factor) -> Factor:
+        return factor
+
+    def project_in(self, factor: Factor) -> Factor:
+        return factor
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        raise GradCoreError("a vector layer's gradient comes whole")
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        flat = gradient.flatten(1).float()
+        return flat if self._matrix is None else flat @ self._matrix.T
+
+
+def _project(factor: Factor, matrix_t: Tensor) -> Tensor:
+    if isinstance(factor, OneHot):
+        return factor.rows_of(matrix_t)
+    return factor @ matrix_t.to(factor.dtype)
