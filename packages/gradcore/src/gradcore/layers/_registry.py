@@ -15,8 +15,9 @@ Side = Literal["in", "out"]
 class Layer(ABC):
     """How one type of module yields the gradient of its parameters, example by example.
 
-    A *matrix* layer's gradient is a sum over positions of outer products, ``G_n = Σ_s out_ns in_nsᵀ``: one factor is known in
-    the forward pass, the other is the gradient of the output. A *vector* layer's is a sum of elementwise products.
+    A *matrix* layer's gradient is a sum over positions of outer products, ``G_n = Σ_s out_ns in_nsᵀ``: one factor is
+    known in the forward pass, the other is the gradient of the output. A *vector* layer's is a sum of elementwise
+    products.
     """
 
     kind: ClassVar[str]
@@ -34,7 +35,7 @@ class Layer(ABC):
     def shape(self, module: nn.Module, bias: bool) -> tuple[int, int]:
         """``(out, in)`` of the gradient, whatever the storage order of the weight.
 
-        A bias is one more input that is always 1. A vector layer of width d has shape ``(d, 1)``, or ``(d, 2)`` with bias.
+        A bias is one more input that is always 1. A vector layer of width d has shape ``(d, 1)``, ``(d, 2)`` with bias.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """``nn.Conv1d``, ``Conv2d`` and ``Conv3d``: at each output position a linear layer over the patch below it.
 
-The patches come from strided views of the padded input, so stride, dilation and every padding mode are exact. Groups are
-further positions: group j's patches meet the output gradient with all other channels zero. The matrix is
+The patches come from strided views of the padded input, so stride, dilation and every padding mode are exact. Groups
+are further positions: group j's patches meet the output gradient with all other channels zero. The matrix is
 [out, in/groups · kernel], the flattened weight.
 """
 

@@ -2,8 +2,8 @@
 
 ``E⟨L G Rᵀ, L H Rᵀ⟩ = ⟨G, H⟩`` for any G, H and any shape, since entries have variance 1/side (a scale that depended on
 the layer's shape would silently re-weight modules). A rank-1 gradient keeps its squared norm up to relative noise
-√((1+2/side)²−1) with normal entries. The gradient of a vector layer has no second side: it is kept whole where it is not
-larger than the sketch, and multiplied with one matrix where it is.
+√((1+2/side)²−1) with normal entries. The gradient of a vector layer has no second side: it is kept whole where it is
+not larger than the sketch, and multiplied with one matrix where it is.
 """
 
 from __future__ import annotations
