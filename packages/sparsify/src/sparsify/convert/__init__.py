@@ -70,10 +70,10 @@ def load(
         raise FormatError(f"{path} does not exist")
     if layout is not None:
         check_choice("layout", layout, LAYOUTS)
-    seen = layout or next((name for name, module in _LAYOUTS.items() if module.matches(path)), None)
+    options = _foreign.Options(allow_pickle, dict_class, act_mean)
+    seen = layout or next((name for name, module in _LAYOUTS.items() if module.matches(path, options)), None)
     if seen is None:
         raise FormatError(_foreign.why_not(path, allow_pickle))
-    options = _foreign.Options(allow_pickle, dict_class, act_mean)
     return Imported(seen, _LAYOUTS[seen].load(path, options))
 
 

@@ -1,6 +1,6 @@
 """circuit-tracer's transcoder sets: ``config.yaml`` and ``layer_{i}.safetensors``, W_enc and W_dec both (M, D).
 
-Its encoder subtracts nothing, its activations are ReLU, JumpReLU (where a threshold is stored) and a top-k without ReLU.
+Its encoder subtracts nothing. Activations are ReLU, JumpReLU (where a threshold is stored) and a top-k without ReLU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from sparsify.convert._foreign import Options, make, refuse
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
 
 
-def matches(path: Path) -> bool:
+def matches(path: Path, options: Options) -> bool:
     """A folder with config.yaml and layer files."""
+    del options
     return path.is_dir() and (path / CONFIG).exists() and any(path.glob("layer_*.safetensors"))
 
 
@@ -49,7 +50,8 @@ def load(path: Path, options: Options) -> dict[str, SparseCoder]:
         names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_skip": "W_skip", THRESHOLD: "threshold"}
         tensors = {names.get(name, name): tensor for name, tensor in t.items()}
         tensors.setdefault("threshold", torch.zeros_like(t["b_enc"]))
-        tensors["threshold"] = tensors["threshold"].clamp_min(0)
+        if bool((tensors["threshold"] < 0).any()):
+            raise FormatError(f"{file}: a threshold below 0 lets negative activations through; a SparseCoder has none")
         latents = len(t["b_enc"])
         cfg = SaeConfig(
             activation="jumprelu",

@@ -28,16 +28,13 @@ _TOPK = {"b_dec", "encoder.weight", "encoder.bias", "decoder.weight", "k"}
 CLASSES = (*_BY_NAMES, "AutoEncoderTopK", "BatchTopKSAE")
 
 
-def matches(path: Path) -> bool:
+def matches(path: Path, options: Options) -> bool:
     """A folder with ae.pt, or a torch file with one of the classes' names in it."""
     if path.is_dir():
         return (path / FILE).exists()
     if path.suffix not in (".pt", ".pth"):
         return False
-    try:
-        names = set(_state(read_pickle(path, True)))
-    except FormatError:
-        return False
+    names = set(_state(read_pickle(path, options.allow_pickle)))
     return names >= _TOPK or names in _BY_NAMES.values()
 
 
@@ -84,8 +81,8 @@ def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any],
         kind, tensors = _contents(name, coder)
         home = folder / safe_name(name)
         home.mkdir(parents=True, exist_ok=True)
-        torch.save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, home / ".tmp")
-        os.replace(home / ".tmp", home / FILE)
+        torch.save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, home / "ae.tmp")
+        os.replace(home / "ae.tmp", home / FILE)
         described = {"dict_class": kind, "activation_dim": coder.d_in, "dict_size": coder.num_latents, "k": coder.cfg.k}
         write_json(home / "config.json", {"trainer": {**described, "submodule_name": name, **metadata}, "buffer": {}})
 
@@ -175,8 +172,8 @@ def _class_of(file: Path, names: set[str], options: Options) -> str:
             return kind
     if names >= _TOPK:
         raise FormatError(
-            f"{file} may be an AutoEncoderTopK (k per token) or a BatchTopKSAE (a threshold): their files look alike and "
-            "no config.json says which; pass dict_class"
+            f"{file} may be an AutoEncoderTopK (k per token) or a BatchTopKSAE (a threshold): their files "
+            "look alike and no config.json says which; pass dict_class"
         )
     raise FormatError(f"{file} is of no dictionary_learning class: it holds {', '.join(sorted(names))}")
 

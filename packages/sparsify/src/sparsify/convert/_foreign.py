@@ -52,8 +52,8 @@ def read_pickle(path: Path, allowed: bool) -> dict[str, Any]:
     """A torch file, tensors and plain values only."""
     if not allowed:
         raise FormatError(
-            f"{path} is a pickle, which is read only on request: pass allow_pickle=True (tensors and plain values alone "
-            "are accepted even then)"
+            f"{path} is a pickle, which is read only on request: pass allow_pickle=True (even then, "
+            "tensors and plain values alone are accepted)"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,8 +88,8 @@ def why_not(path: Path, allow_pickle: bool) -> str:
     names = _names_inside(path, allow_pickle)
     if {"encoder_weights", "decoder_weights", "pre_bias"} <= names:
         return (
-            f"{path} is a TopK file whose names are of no library (encoder_weights, pre_bias): it records neither k nor "
-            "whether a ReLU precedes the top-k, so its activations cannot be known"
+            f"{path} is a TopK file whose names are of no library (encoder_weights, pre_bias): it records neither k "
+            "nor whether a ReLU precedes the top-k, so its activations cannot be known"
         )
     if names == {"W_enc", "b_enc", "W_dec", "b_dec"}:
         return (

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify._coder import SparseCoder
-from sparsify._config import SaeConfig
+from sparsify._config import Activation, SaeConfig
 from sparsify._errors import FormatError
 from sparsify._files import read_tensors, safe_name, write_json
 from sparsify.convert._foreign import Options, make, read_json, refuse, unit_rows
@@ -22,7 +22,7 @@ from sparsify.convert._foreign import Options, make, read_json, refuse, unit_row
 FILE = "sae_weights.safetensors"
 VERSION = "6.54.12"
 """The version whose files these are; SAELens reads files that name none as its old format."""
-_KINDS = {
+_KINDS: dict[str, tuple[Activation, bool]] = {
     "standard": ("jumprelu", False),
     "topk": ("topk", False),
     "jumprelu": ("jumprelu", False),
@@ -34,8 +34,9 @@ _KINDS = {
 }
 
 
-def matches(path: Path) -> bool:
+def matches(path: Path, options: Options) -> bool:
     """A folder with sae_weights.safetensors."""
+    del options
     return path.is_dir() and (path / FILE).exists()
 
 

@@ -10,8 +10,9 @@ from sparsify._files import CONFIG, WEIGHTS, load_coder, load_many, safe_name, s
 from sparsify.convert._foreign import Options
 
 
-def matches(path: Path) -> bool:
+def matches(path: Path, options: Options) -> bool:
     """A folder with sae.safetensors, or of such folders."""
+    del options
     return path.is_dir() and ((path / WEIGHTS).exists() or any(path.glob(f"*/{WEIGHTS}")))
 
 
