@@ -33,25 +33,32 @@ def quantise(values: F32, bits: int) -> tuple[list[U8], F32]:
     Non-finite input gives a non-finite scale.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        exact = values.astype(np.float64)
+        largest = np.max(np.abs(values), axis=1, initial=0)
+        # a power of two per row brings every magnitude to about 1: exact, and float32 then suffices for the rest
+        exponent = np.where(np.isfinite(largest), np.frexp(largest)[1], 0).clip(-126, 126)
+        unit: F32 = values * np.ldexp(np.float32(1), -exponent).astype(np.float32)[:, None]
         if bits == 8:
-            step = np.abs(exact).max(axis=1, initial=0) / 127.5
+            step = np.max(np.abs(unit), axis=1, initial=0) / np.float32(127.5)
         else:
-            step = (
-                _GAUSSIAN_STEP[bits] * np.sqrt((exact * exact).mean(axis=1))
-                if values.shape[1]
-                else np.zeros(len(values))
-            )
-        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+            step = _GAUSSIAN_STEP[bits] * np.sqrt(_row_sums(unit * unit) / max(values.shape[1], 1))
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0).astype(np.float32)
         half = 1 << (bits - 1)
-        codes = np.clip(np.floor(exact * inverse[:, None]), -half, half - 1)
-        centred = codes + 0.5
-        scale = np.where(step > 0, (exact * centred).sum(axis=1), 0) / np.maximum((centred * centred).sum(axis=1), 0.25)
-        scale[~np.isfinite(step)] = np.nan
-        unsigned = np.where(np.isfinite(codes), codes + half, 0).astype(np.uint8)
-    planes = [np.packbits(unsigned & np.uint8(half >> plane), axis=1) for plane in range(bits)]
-    with np.errstate(over="ignore"):
-        return planes, scale.astype(np.float32)
+        codes = np.floor(unit * inverse[:, None])
+        np.clip(codes, -half, half - 1, out=codes)
+        codes[~np.isfinite(largest)] = 0
+        unsigned = (codes + np.float32(half)).astype(np.uint8)
+        codes += np.float32(0.5)
+        energy = _row_sums(codes * codes)
+        codes *= unit
+        scale = np.divide(_row_sums(codes), energy, out=np.zeros_like(energy), where=step > 0)
+        scale[~np.isfinite(largest)] = np.nan
+        planes = [np.packbits(unsigned & np.uint8(half >> plane), axis=1) for plane in range(bits)]
+        return planes, np.ldexp(scale, exponent).astype(np.float32)
+
+
+def _row_sums(values: F32) -> NDArray[np.float64]:
+    """In float64, so that no bit of a scale depends on the machine's vector width."""
+    return values.sum(axis=1, dtype=np.float64)
 
 
 def dequantise(planes: list[U8], bits: int) -> F32:
