@@ -14,7 +14,23 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 CONTEXT = 32
-WORDS = "the sea and a hill in rain over old towns where nine bakers keep lamps".split()
+WORDS = [
+    "the",
+    "sea",
+    "and",
+    "a",
+    "hill",
+    "in",
+    "rain",
+    "over",
+    "old",
+    "towns",
+    "where",
+    "nine",
+    "bakers",
+    "keep",
+    "lamps",
+]
 
 
 @pytest.fixture(autouse=True)
