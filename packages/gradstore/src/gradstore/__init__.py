@@ -16,6 +16,7 @@ from gradstore._faiss import FaissConfig, FaissIndex, RowTransform
 from gradstore._manifest import Side
 from gradstore._merge import merge
 from gradstore._repair import RepairReport, repair
+from gradstore._score_store import ScoreStore
 from gradstore._search import SearchResult, scores, search
 from gradstore._store import GradientStore
 from gradstore._verify import StoreInfo, VerifyReport, info, verify
@@ -32,6 +33,7 @@ __all__ = [
     "search",
     "scores",
     "SearchResult",
+    "ScoreStore",
     "FaissIndex",
     "FaissConfig",
     "RowTransform",

@@ -7,7 +7,7 @@ is cut, and equal rows tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -23,6 +23,9 @@ from gradstore._threads import cores, in_order, one_blas_thread
 Metric = Literal["dot", "cos"]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+
+# first row, scores [q, n], a bound on their errors, and the exact scores of a query for rows of the block
+ScoredRows = tuple[int, F32, F32, Callable[[int, I64], F32]]
 
 _BLOCK_BYTES: Final = 4 << 20  # decoded float32 block: large enough for GEMM speed, small enough to stay in cache
 _TINY: Final = 1e-30  # norms below have squares and products that leave float32's normal range
@@ -80,15 +83,30 @@ def search(
         raise InvalidInput(f"candidates is {candidates}; it goes with `bits` and must be at least k = {k}.")
     scorer = _Scorer(store, queries, metric, modules, bits)
     wanted = k if candidates is None else candidates
-    top, bottom = _Best(len(queries), wanted), _Best(len(queries), wanted)
-    for start, block in scorer.sweep(block_rows, threads):
-        exact = block.exact
-        top.add(start, block.scores, block.errors, exact)
-        bottom.add(start, -block.scores, block.errors, lambda query, rows, exact=exact: -exact(query, rows))
-    if candidates is not None:
-        fine = _Scorer(store, queries, metric, modules)
-        top.rank_again(k, fine.exact)
-        bottom.rank_again(k, lambda query, rows: -fine.exact(query, rows))
+    blocks = ((start, b.scores, b.errors, b.exact) for start, b in scorer.sweep(block_rows, threads))
+    if candidates is None:
+        return top_and_bottom(len(queries), wanted, blocks)
+    top, bottom = _sweep(len(queries), wanted, blocks)
+    fine = _Scorer(store, queries, metric, modules)
+    top.rank_again(k, fine.exact)
+    bottom.rank_again(k, lambda query, rows: -fine.exact(query, rows))
+    return _result(top, bottom)
+
+
+def top_and_bottom(queries: int, k: int, blocks: Iterable[ScoredRows]) -> SearchResult:
+    """The result of a sweep over blocks in row order."""
+    return _result(*_sweep(queries, k, blocks))
+
+
+def _sweep(queries: int, k: int, blocks: Iterable[ScoredRows]) -> tuple[_Best, _Best]:
+    top, bottom = _Best(queries, k), _Best(queries, k)
+    for start, scores, errors, exact in blocks:
+        top.add(start, scores, errors, exact)
+        bottom.add(start, -scores, errors, lambda query, rows, exact=exact: -exact(query, rows))
+    return top, bottom
+
+
+def _result(top: _Best, bottom: _Best) -> SearchResult:
     return SearchResult(top.rows, top.scores, bottom.rows, -bottom.scores + 0)  # + 0: no negative zeros
 
 
