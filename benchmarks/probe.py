@@ -194,7 +194,8 @@ def experiment_two(epochs: int, lr: float, modulus: int = 53, moduli: tuple[int,
             rows.append({**row, "chance": knn.chance, "c_attn": int(first.sum()), "same": same, "different": diff})
             print(
                 f"task {own + 1} {variable:7} KNN {knn.full.mean:.3f} → {knn.circuit.mean:.3f} "
-                f"(chance {knn.chance:.3f})  c_attn kept {int(first.sum()):3d}/384, ablated: same task {same:.3f}, other {diff:.3f}"
+                f"(chance {knn.chance:.3f})  c_attn kept {int(first.sum()):3d}/384, "
+                f"ablated: same task {same:.3f}, other {diff:.3f}"
             )
     return {"rows": rows}
 

@@ -1,0 +1,184 @@
+"""`trace probe`: every command on a local model folder, and messages instead of tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import probing
+from probing import DataError, Masks
+from probing._task import choice_measure, load_task
+from probing.cli import probe
+
+WORDS = ["[PAD]", "[UNK]", "the", "man", "men", "dog", "dogs", "cat", "cats", "near", "is", "are", "old", "red", "The"]
+NOUNS = {"man": "singular", "men": "plural", "dog": "singular", "dogs": "plural", "cat": "singular", "cats": "plural"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("model")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(where)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    config = tf.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
+    tf.GPT2LMHeadModel(config).save_pretrained(where)
+    rows = []
+    for number, noun in enumerate(list(NOUNS) * 12):
+        adjective = ("old", "red")[number % 2]
+        other = list(NOUNS)[(number * 5 + 1) % 6]
+        rows.append({"text": f"the {adjective} {noun} near the {other}", "noun": noun, "number": NOUNS[noun]})
+    (where / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return where
+
+
+def run(*arguments):
+    return CliRunner().invoke(probe, [str(a) for a in arguments])
+
+
+def task_arguments(folder):
+    return [folder, folder / "rows.jsonl", "--label", "number", "--position", "word:noun"]
+
+
+def test_importing_the_command_does_not_import_torch():
+    code = "import sys, probing.cli; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names_are_exactly_these():
+    assert sorted(dir(probing)) == sorted(probing.__all__)
+    assert all(getattr(probing, name) is not None for name in probing.__all__)
+    with pytest.raises(AttributeError, match="Circuits"):
+        _ = probing.Circuits
+
+
+def test_a_circuit_is_found_kept_and_evaluated(folder, tmp_path):
+    out = tmp_path / "run"
+    options = [
+        "--readout",
+        "mlp_update_0",
+        "--epochs",
+        5,
+        "--batch-size",
+        16,
+        "--lr",
+        0.05,
+        "--l0-lambda",
+        0,
+        "--out",
+        out,
+    ]
+    found = run("circuit", *task_arguments(folder), *options, "--json")
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout)
+    assert result["classes"] == ["plural", "singular"]
+    assert result["rows"] == [54, 18]
+    assert json.loads((out / "result.json").read_text()) == result
+    masks = Masks.load(out / "masks")
+    assert list(masks.sites) == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "<script" not in page
+    assert "<link" not in page
+    asked = ["--masks", out / "masks.safetensors", "--answers", " are, is", "--controls", 3, "--pool", "all", "--json"]
+    for how in ("zero", "mean", "resample"):
+        found = run("evaluate", *task_arguments(folder), *asked, "--how", how)
+        assert found.exit_code == 0, found.output
+        effect = json.loads(found.stdout)
+        assert effect["answers"] == {"plural": " are", "singular": " is"}
+        assert effect["rows"] == 18
+
+
+def test_a_subnetwork_probe_reports_held_out_accuracy(folder, tmp_path):
+    options = ["--readout", "mlp_stream_0", "--epochs", 4, "--batch-size", 16, "--hidden", 8, "--out", tmp_path]
+    found = run("subnetwork", *task_arguments(folder), *options, "--target-sparsity", 0.5, "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["units kept"] == "80 of 160"
+
+
+def test_a_linear_probe_reads_the_word_and_leace_erases_it(folder):
+    found = run("linear", *task_arguments(folder), "--readout", "resid_in_0", "--epochs", 30)
+    assert found.exit_code == 0, found.output
+    lines = dict(line.split("  ", 1) for line in found.stdout.splitlines())
+    assert lines["accuracy"].strip().startswith("1.000")
+    assert float(lines["linear probe after LEACE"].strip().split()[0]) < 0.85
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "numbers"], "did you mean 'number'"),
+        (["--position", "word:verb"], "no column 'verb'"),
+        (["--position", "9"], "there is no position 9"),
+        (["--position", "middle"], "is no rule"),
+        (["--readout", "mlp_updat_0"], "names no readout"),
+        (["--readout", "mlp_update_7"], "layer 7 does not exist"),
+        (["--sites", "transformer.h.0.mlp.c_fx"], "transformer.h.0.mlp.c_fc"),
+        (["--method", "magic"], "mask_method='magic'"),
+        (["--label", "constant"], "one class"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_1(folder, tmp_path, arguments, message):
+    rows = [json.loads(line) | {"constant": 1} for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--label", "number", "--readout", "mlp_update_0", "--epochs", 1, "--out", tmp_path / "out"]
+    found = run("circuit", folder, tmp_path / "rows.jsonl", *options, *arguments)
+    assert found.exit_code == 1, found.output
+    assert message in found.output
+    assert "Traceback" not in found.output
+
+
+def test_a_missing_model_and_foreign_masks_are_messages_too(folder, tmp_path):
+    found = run("linear", tmp_path / "nowhere", folder / "rows.jsonl", "--label", "number", "--readout", "resid_in_0")
+    assert found.exit_code == 1
+    found = run("evaluate", *task_arguments(folder), "--masks", tmp_path / "none", "--answers", " are, is")
+    assert found.exit_code == 1
+    assert "no such file" in found.output
+    found = run("evaluate", *task_arguments(folder), "--masks", tmp_path / "none", "--answers", " are")
+    assert found.exit_code == 2
+
+
+def test_positions_count_from_the_text_whatever_the_padding(folder):
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    rows = [
+        {"text": "the old man", "y": 0, "w": "old"},
+        {"text": "the dogs near the red cat", "y": 1, "w": "the red"},
+        {"text": "the cat", "y": 1, "w": "the"},
+    ]
+    for position, expected in {
+        "last": [2, 5, 1],
+        "first": [0, 0, 0],
+        "-2": [1, 4, 0],
+        "1": [1, 1, 1],
+        "word:w": [1, 4, 0],
+    }.items():
+        task = load_task(rows, tokenizer, label="y", position=position, test_rows=rows)
+        assert task.train.token_mask.int().argmax(1).tolist() == expected
+    with pytest.raises(DataError, match="never in the training rows"):
+        load_task(rows, tokenizer, label="y", test_rows=[{"text": "the cat", "y": 7}])
+
+
+def test_the_choice_measure_compares_whole_answers(folder):
+    model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(folder), tf.AutoTokenizer.from_pretrained(folder)
+    rows = [
+        {"text": text, "y": n % 2} for n, text in enumerate(["the man", "the old dogs", "the cat", "the red men near"])
+    ]
+    task = load_task(rows, tokenizer, label="y", test_rows=rows)
+    answers = [[10], [11, 3]]
+    right = []
+    with torch.no_grad():
+        for row in rows:  # the definition: one text and one answer at a time
+            ids = tokenizer(row["text"]).input_ids
+            scores = []
+            for answer in answers:
+                log_p = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+                scores.append(sum(log_p[len(ids) - 1 + i, token].item() for i, token in enumerate(answer)))
+            right.append(float(max(range(2), key=scores.__getitem__) == row["y"]))
+    assert choice_measure(task.test, answers)(model).tolist() == right
