@@ -9,6 +9,7 @@ import pytest
 from gradcore_models import TinyLM
 from torch import nn
 
+from gradcore import MATRICES as CAPTURED_MATRICES
 from gradcore import (
     CaptureError,
     CapturePlan,
@@ -82,6 +83,12 @@ def test_empty_plans_and_unknown_reductions_are_refused(plan):
         CapturePlan(modules=())
     with pytest.raises(GradCoreError, match="sum, mean"):
         replace(plan, reduction="median")
+
+
+def test_kinds_narrow_the_layer_types():
+    plan = CapturePlan.for_model(TinyLM(), kinds=CAPTURED_MATRICES)
+    assert {module.kind for module in plan.modules} == {"linear", "hf_conv1d"}
+    assert len(CapturePlan.for_model(TinyLM()).modules) == len(plan.modules) + 3  # an embedding and two norms
 
 
 def test_coverage_lists_what_is_left_out():

@@ -62,8 +62,10 @@ class IndexConfig:
         tokenizer: another tokenizer than the model's.
         precision: dtype the model runs in.
         device: ``"auto"`` takes a GPU where there is one.
-        modules: glob or ``re:`` patterns of the modules to capture, relative to the base model; all by default.
+        modules: glob or ``re:`` patterns of the modules to capture, relative to the base model. By default every linear
+            layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
+        include_bias: capture biases too, as one more input that is always 1.
         projection_dim: side of the two-sided sketch; 0 keeps whole gradients.
         projection_type: entries of the sketch, ``rademacher`` or ``normal``.
         projection_seed: another seed is another sketch.
@@ -80,6 +82,7 @@ class IndexConfig:
     device: str = "auto"
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    include_bias: bool = False
     projection_dim: int = 16
     projection_type: str = "rademacher"
     projection_seed: int = 0

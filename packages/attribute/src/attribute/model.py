@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
-from gradcore import CapturePlan, model_fingerprint, per_example_loss
+from gradcore import MATRICES, CapturePlan, model_fingerprint, per_example_loss
 
 if TYPE_CHECKING:
     from attribute.config import IndexConfig
@@ -87,8 +87,10 @@ class LanguageModel:
             self.base,
             config.modules or None,
             exclude=config.exclude,
+            kinds=None if config.modules else MATRICES,
             sketch=config.sketch,
             reduction=config.loss_reduction,
+            include_bias=config.include_bias,
             fingerprint=self.fingerprint(),
         )
 

@@ -168,7 +168,7 @@ def test_learns_facts_well_enough_to_state_them_in_other_words(scholar, tmp_path
 
 def test_gradients_find_the_planted_texts_where_bm25_does_not(scholar):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(scholar).eval(), AutoTokenizer.from_pretrained(scholar)
-    plan = gradcore.CapturePlan.for_model(model.base_model)
+    plan = gradcore.CapturePlan.for_model(model.base_model, kinds=gradcore.MATRICES)
 
     def gradients(texts: list[str], prompts: list[str]) -> np.ndarray:
         ids, labels = padded(tokenizer(texts)["input_ids"])

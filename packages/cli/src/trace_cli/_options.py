@@ -58,9 +58,13 @@ model_options = _stack(
 
 capture_options = _stack(
     click.option(
-        "--modules", multiple=True, metavar="PATTERN", help="Glob (or re:REGEX) of modules to capture; repeatable."
+        "--modules",
+        multiple=True,
+        metavar="PATTERN",
+        help="Glob (or re:REGEX) of modules to capture; repeatable. Default: every linear layer; '*' takes all.",
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules to leave out; repeatable."),
+    click.option("--include-bias", is_flag=True, help="Capture biases too."),
     click.option(
         "--projection-dim",
         default=16,

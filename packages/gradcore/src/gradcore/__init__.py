@@ -6,7 +6,7 @@ from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
 from gradcore._fingerprint import model_fingerprint
 from gradcore._loss import IGNORE, per_example_loss
-from gradcore._plan import CapturePlan, ModulePlan
+from gradcore._plan import MATRICES, CapturePlan, ModulePlan
 from gradcore.sketches import Identity, Sketch, TwoSided
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "GradientCollector",
     "IGNORE",
     "Identity",
+    "MATRICES",
     "ModulePlan",
     "PlanMismatch",
     "SelectionError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from gradcore.layers import layer_for
 from gradcore.sketches import Identity, Sketch, sketch_from_dict
 
 REDUCTIONS = ("sum", "mean")
+MATRICES = ("linear", "hf_conv1d")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class CapturePlan:
         modules: str | Sequence[str] | None = None,
         *,
         exclude: str | Sequence[str] = (),
+        kinds: Collection[str] | None = None,
         sketch: Sketch | None = None,
         loss: str = "ce",
         reduction: str = "sum",
@@ -82,10 +84,17 @@ class CapturePlan:
     ) -> CapturePlan:
         """Plan for every module of a captured layer type that the patterns select (all of them by default).
 
+        ``kinds`` narrows the layer types, to :data:`MATRICES` for the linear layers that most methods are defined on.
+
         Raises:
             SelectionError: a pattern matches nothing that can be captured; close matches are listed.
         """
-        names = select_modules(model, modules, exclude=exclude, where=lambda _, module: layer_for(module) is not None)
+
+        def wanted(_: str, module: nn.Module) -> bool:
+            layer = layer_for(module)
+            return layer is not None and (kinds is None or layer.kind in kinds)
+
+        names = select_modules(model, modules, exclude=exclude, where=wanted)
         return cls(
             modules=tuple(_module_plan(name, model.get_submodule(name), include_bias) for name in names),
             sketch=sketch or Identity(),

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from typing import ClassVar, Literal
 
 import numpy as np
-from gradstore import GradientStore, SearchResult
 
 from attribute._errors import AttributionError
+from gradstore import GradientStore, SearchResult
 
 
 class Method(ABC):
