@@ -33,16 +33,26 @@ WORDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _strict_numerics() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread costs more than it does. For the fixtures of modules, too."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> Iterator[None]:
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def save_model(folder: Path, architecture: str = "gpt_neox", seed: int = 0) -> Path:

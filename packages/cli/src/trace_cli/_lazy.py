@@ -10,10 +10,10 @@ import click
 
 
 class LazyGroup(click.Group):
-    """Each command is the object named ``command`` in its module.
+    """Each command is the object named ``command`` in its module, or the one that ``module:object`` names.
 
     Args:
-        commands_at: command name → (module, one line of help).
+        commands_at: command name → (where, one line of help).
     """
 
     def __init__(self, *args: Any, commands_at: dict[str, tuple[str, str]], **options: Any) -> None:
@@ -28,7 +28,8 @@ class LazyGroup(click.Group):
         """Import and return a command."""
         if cmd_name not in self._commands_at:
             return None
-        return import_module(self._commands_at[cmd_name][0]).command
+        module, _, name = self._commands_at[cmd_name][0].partition(":")
+        return getattr(import_module(module), name or "command")
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Like click's own, with close matches for a misspelt command."""

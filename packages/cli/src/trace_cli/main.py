@@ -10,16 +10,24 @@ import click
 from trace_cli._lazy import LazyGroup
 from trace_cli._replay import replay
 
-# Command → (module, one line of help). Modules are imported only when their command runs, so help is instant.
+# Command → (module, or module:object where that is not called command; one line of help). Modules are imported only when their command runs, so help is instant.
 _COMMANDS = {
     "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
+    "probe": ("probing.cli:probe", "Find the subnetwork that computes a variable."),
     "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),
+    "sae": ("sparsify.cli:sae", "Train sparse autoencoders and transcoders."),
     "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
 }
 # Errors meant for people, by the package that raises them. Looked up in what is loaded already: importing the
 # packages here would cost seconds.
-_EXPECTED = (("attribute", "AttributionError"), ("gradcore", "GradCoreError"), ("gradstore", "GradStoreError"))
+_EXPECTED = (
+    ("attribute", "AttributionError"),
+    ("gradcore", "GradCoreError"),
+    ("gradstore", "GradStoreError"),
+    ("probing", "ProbingError"),
+    ("sparsify", "SparsifyError"),
+)
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
