@@ -230,7 +230,7 @@ def test_a_single_changed_weight_is_another_model(gpt2_index, folders):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_positive_score_is_a_proponent(architecture, folders, documents, tokenizer, tmp_path):
-    """One gradient step on the best proponent lowers the query's loss by its score; on the worst opponent it raises it."""
+    """A gradient step on the best proponent lowers the query's loss by its score, one on the worst opponent raises it."""
     query = tokenizer("the sea in rain")["input_ids"]
     store_model = load_model(str(folders[architecture]))
     config = IndexConfig(projection_dim=0)
@@ -322,7 +322,7 @@ def test_queries_longer_than_the_context_follow_the_index(folders, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "s"])
 def test_queries_without_loss_are_refused(text, gpt2_index):
-    with pytest.raises(DataError, match="query 1 has . tokens, none with a loss"):
+    with pytest.raises(DataError, match=r"query 1 has . tokens, none with a loss"):
         Asker.open(gpt2_index).ask([{"text": "the sea"}, {"text": text}], QueryConfig())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_a_window_is_planned_without_its_neighbours(lengths, budget, data):
 @given(LENGTHS, st.integers(1, 120))
 def test_no_two_neighbouring_batches_would_fit_in_one(lengths, budget):
     batches = plan_batches(np.array(lengths, dtype=np.int64), np.arange(len(lengths)), budget)
-    for left, right in zip(batches, batches[1:]):
+    for left, right in pairwise(batches):
         joined = max(1, *(lengths[row] for row in (*left, right[0]))) * (len(left) + 1)
         assert joined > budget
 

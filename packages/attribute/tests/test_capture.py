@@ -306,7 +306,7 @@ def test_a_folder_without_tokenizer_is_refused(folders, tmp_path):
     folder = copied(folders["gpt2"], tmp_path / "model")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ModelError, match="no tokenizer in .*--tokenizer names another"):
+    with pytest.raises(ModelError, match=r"no tokenizer in .*--tokenizer names another"):
         load_tokenizer(str(folder))
 
 

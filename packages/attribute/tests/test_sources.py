@@ -174,7 +174,7 @@ def _with(kind: Callable[[Path], Path], **options: str) -> Callable[[Path], Data
         (_with(json_lines, data_args="nonsense"), "wants name=value"),
         (
             lambda path: DataConfig(dataset="no-such-dataset"),
-            "neither a local file or folder nor one that the hub gave",
+            "neither a local file or folder nor one that",
         ),
     ],
 )

@@ -101,7 +101,7 @@ def test_truncation_cuts_at_the_context(tokenizer):
 
 def test_a_long_document_is_refused_without_truncation_or_chunks(tokenizer):
     with pytest.raises(
-        DataError, match=r"row 1 has 21 tokens, the model takes 20: use --truncation .* --chunk-length 20"
+        DataError, match=r"row 1 has 21 tokens, the model takes 20: .*--truncation .* --chunk-length 20"
     ):
         rows([{"text": "s"}, {"text": "s" * 21}], tokenizer, context=20)
     assert len(rows([{"text": "s" * 21}], tokenizer, context=None)) == 1
@@ -203,7 +203,7 @@ def no_template(tokenizer: Any) -> Any:
         (
             {"text": "a", "chat": "hello"},
             {"conversation_column": "chat"},
-            "row 1, column 'chat' is not a list of turns",
+            "column 'chat' is not a list of turns",
         ),
         ({"text": "a", "chat": [{"role": "user"}]}, {"conversation_column": "chat"}, "not a list of turns"),
         ({"text": "a", "chat": None}, {"conversation_column": "chat"}, "not a list of turns"),
@@ -268,5 +268,5 @@ def test_missing_columns_are_refused_whatever_the_form(tokenizer):
 def test_data_that_is_no_dataset_is_refused():
     with pytest.raises(DataError, match="has no rows"):
         source_of([])
-    with pytest.raises(DataError, match="neither a datasets.Dataset nor a list of dictionaries"):
+    with pytest.raises(DataError, match=r"neither a datasets.Dataset nor a list of dictionaries"):
         source_of(["text"])

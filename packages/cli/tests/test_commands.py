@@ -57,7 +57,11 @@ def test_a_saved_configuration_runs_from_the_run_itself(trace, index, contents, 
     from shutil import move
 
     saved = yaml.safe_load((index / "config.yaml").read_text())
-    saved["options"] |= {"run_path": str(tmp_path / "run"), "modules": ["layers.1.*"], "rows_per_shard": 7}
+    saved["options"] |= {
+        "run_path": str(tmp_path / "run"),
+        "modules": ["layers.1.attention.*", "layers.1.mlp.*"],
+        "rows_per_shard": 7,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert trace("--config", tmp_path / "config.yaml").code == 0
     move(tmp_path / "run", tmp_path / "old")
