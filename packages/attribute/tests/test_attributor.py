@@ -230,7 +230,7 @@ def test_a_single_changed_weight_is_another_model(gpt2_index, folders):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_positive_score_is_a_proponent(architecture, folders, documents, tokenizer, tmp_path):
-    """A gradient step on the best proponent lowers the query's loss by its score, one on the worst opponent raises it."""
+    """A step on the best proponent lowers the query's loss by its score, one on the worst opponent raises it."""
     query = tokenizer("the sea in rain")["input_ids"]
     store_model = load_model(str(folders[architecture]))
     config = IndexConfig(projection_dim=0)

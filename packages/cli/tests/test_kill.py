@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 
-# One process loads what a build needs and forks the builds, so that a trial costs a fraction of a second. Each fork is
-# a whole `trace build`: options, model, tokens, gradients, store. Kills fall uniformly over the time such a build takes.
+# One process loads what a build needs and forks the builds, so that a trial is cheap. Each fork is a whole
+# `trace build`: options, model, tokens, gradients, store. Half of the kills fall anywhere in it, half amid its shards.
 HARNESS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
