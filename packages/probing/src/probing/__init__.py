@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from probing._probes import CircuitProbe, SubnetworkProbe
     from probing._readout import Readout, ResidualUpdateModel
     from probing._sites import Site, find_sites
+    from probing._sweep import fit_many
 
 __all__ = [
     "CircuitModel",
@@ -30,6 +31,7 @@ __all__ = [
     "ProbeData",
     "TrainPlan",
     "fit",
+    "fit_many",
     "Masks",
     "overlap",
     "export_pruned",
@@ -74,6 +76,7 @@ _HOME = {
     "ResidualUpdateModel": "probing._readout",
     "Site": "probing._sites",
     "find_sites": "probing._sites",
+    "fit_many": "probing._sweep",
 }
 
 

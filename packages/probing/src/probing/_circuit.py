@@ -104,6 +104,11 @@ class CircuitModel(nn.Module):
             self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
         return self._generators[device]
 
+    @property
+    def sites(self) -> list[Site]:
+        """The masked sites, in the model's order."""
+        return [mask.site for mask in self._each()]
+
     def _each(self) -> Iterator[SiteMask]:
         return (cast("SiteMask", mask) for mask in self.site_masks)
 

@@ -24,9 +24,10 @@ from probing._tensors import first_tensor, replace_first_tensor
 class Intervention:
     """What happens at one site.
 
-    ``keep`` has the site's shape and any values in [0, 1]. ``bias_keep`` masks the bias of its own accord. ``fill`` is
-    the value removed units take, in activation space (broadcast against the activation); ``weights`` the values removed
-    units' weights take. Without either they take zero.
+    ``keep`` has the site's shape and any values in [0, 1]; in activation space also [rows, units], a mask for each row.
+    ``bias_keep`` masks the bias of its own accord. ``fill`` is the value removed units take, in activation space
+    (broadcast against the activation); ``weights`` the values removed units' weights take. Without either they take
+    zero.
     """
 
     site: Site
@@ -101,7 +102,7 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
     channels_last = not isinstance(module, nn.Conv1d | nn.Conv2d)
 
     def along(vector: Tensor, output: Tensor) -> Tensor:
-        vector = vector.to(output.dtype)
+        vector = _by_row(vector.to(output.dtype), output)
         return vector if channels_last else vector.view(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[union-attr]
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -124,6 +125,11 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
         yield
 
 
+def _by_row(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask of each row its own, [rows, units], against a value [rows, …, units]; a plain mask as it is."""
+    return mask if mask.ndim == 1 else mask.view(len(mask), *[1] * (value.ndim - 2), mask.shape[-1])
+
+
 @contextmanager
 def _inputs(module: nn.Module, item: Intervention) -> Iterator[None]:
     """Masked inputs, or heads: a scale per channel on what the module reads."""
@@ -133,7 +139,8 @@ def _inputs(module: nn.Module, item: Intervention) -> Iterator[None]:
         x = args[0]
         keep = item.keep.to(x.dtype)
         if site.unit == "head":
-            keep = keep.repeat_interleave(x.shape[-1] // site.heads)
+            keep = keep.repeat_interleave(x.shape[-1] // site.heads, -1)
+        keep = _by_row(keep, x)
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             keep = keep.view(-1, *[1] * (module.weight.ndim - 2))
         masked = x * keep

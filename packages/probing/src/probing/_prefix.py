@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from probing._sites import Site
 from probing._tensors import first_tensor, hidden_states, map_tensors, with_hidden
 
 if TYPE_CHECKING:
-    from probing._circuit import SiteMask
     from probing._probes import _Probe
 
 
@@ -71,7 +70,7 @@ class Prefix:
     def __init__(self, probe: _Probe[Any], data: ProbeData, batch_size: int = 256) -> None:
         self.probe, self.data = probe, data
         self._modules = dict(probe.base.named_modules())
-        self._sites: list[Site] = [cast("SiteMask", mask).site for mask in probe.circuit.site_masks]
+        self._sites = probe.circuit.sites
         self._chain, self._source = self._find_chain()
         self._selects: _Selection = None
         self._selects = self._find_selection()
@@ -104,11 +103,12 @@ class Prefix:
         _map_rows((self._calls, self._stored), count)
         return total
 
-    def vectors(self, rows: Tensor) -> Tensor:
-        """Readout vectors of these rows under the current masks, [R, d]."""
+    def vectors(self, rows: Tensor, interventions: list[Intervention] | None = None) -> Tensor:
+        """Readout vectors of these rows, [R, d], under the current masks or under other interventions."""
         index = self.data.positions_of(rows) if self._selects == "root" else rows
         index = index.to(self.data.token_mask.device)
-        with self.probe.circuit.applied(), ExitStack() as stack:
+        chosen = self.probe.circuit.interventions() if interventions is None else interventions
+        with intervened(self.probe.base, chosen), ExitStack() as stack:
             for path, value in _map_rows(self._stored, lambda stored: stored.index_select(0, index)).items():
                 stack.enter_context(_forward(self._modules[path], lambda *_, value=value, **__: value))
             return self._run(_map_rows(self._calls, lambda stored: stored.index_select(0, index)), rows)

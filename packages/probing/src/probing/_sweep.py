@@ -1,0 +1,120 @@
+"""Many probes of one shape at once: other variables, penalties or seeds, one pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from probing._data import ProbeData
+from probing._errors import ConfigError, DataError
+from probing._fit import Trace, TrainPlan
+from probing._intervene import Intervention
+from probing._losses import soft_nearest_neighbour
+from probing._prefix import Prefix
+from probing._probes import CircuitProbe
+
+_ROWWISE = ("neuron", "input", "head")
+
+
+def fit_many(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: TrainPlan | None = None) -> list[Trace]:
+    """Train circuit probes of the same readout and sites together; each ends as `fit` would have left it.
+
+    >>> lambdas = [1e-7, 1e-6, 1e-5]  # doctest: +SKIP
+    >>> probes = [CircuitProbe(config(l0_lambda), model) for l0_lambda in lambdas]  # doctest: +SKIP
+    >>> fit_many(probes, [data] * 3)  # doctest: +SKIP
+
+    The rows of all probes make one batch, each row under its own probe's mask. On an accelerator that fills the device;
+    on one CPU thread it saves only the overhead of the steps.
+
+    Args:
+        probes: on one model; λ and seed may differ.
+        data: one for each probe: the same inputs and positions, one position a row; labels may differ.
+        plan: for all; no target sparsity and no early stop here.
+
+    Raises:
+        ConfigError: probes that do not fit together.
+        DataError: data that do not.
+    """
+    plan, began = plan or TrainPlan(), time.perf_counter()
+    _check(probes, data, plan)
+    prefix = Prefix(probes[0].eval(), data[0])
+    labels = torch.stack([part.labels for part in data])
+    count, batch = len(data[0]), min(plan.batch_size, len(data[0]))
+    per_epoch = count // batch if plan.drop_last else -(-count // batch)
+    steps = plan.epochs * per_epoch
+    parameters = [p for probe in probes for p in probe.circuit.site_masks.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
+    order, generator = torch.empty(0), torch.Generator().manual_seed(plan.seed)
+    losses, temperatures = [], []
+    for probe in probes:
+        probe.train()
+    for step in range(steps):
+        at = step % per_epoch
+        if at == 0:
+            order = torch.randperm(count, generator=generator)
+        rows = order[at * batch : (at + 1) * batch]
+        temperatures.append(plan.temperature(step, steps))
+        for probe in probes:
+            probe.circuit.temperature = temperatures[-1]
+        masks = _together([probe.circuit.interventions() for probe in probes], len(rows))
+        vectors = prefix.vectors(rows.repeat(len(probes)), masks)
+        loss = soft_nearest_neighbour(vectors.unflatten(0, (len(probes), -1)), labels[:, rows])
+        optimiser.zero_grad(set_to_none=True)
+        (loss.sum() + sum(_penalty(probe, plan, step, steps) for probe in probes)).backward()
+        optimiser.step()
+        losses.append(loss.detach())
+    for probe in probes:
+        probe.eval()
+    table = torch.stack(losses).T.tolist()
+    return [Trace(column, [], list(temperatures), time.perf_counter() - began) for column in table]
+
+
+def _together(each: Sequence[list[Intervention]], rows: int) -> list[Intervention]:
+    """One intervention a site, with a mask of its own for every row."""
+    return [
+        Intervention(
+            site[0].site,
+            torch.stack([item.keep for item in site]).repeat_interleave(rows, 0),
+            _rows([item.bias_keep for item in site], rows),
+        )
+        for site in zip(*each)
+    ]
+
+
+def _rows(masks: Sequence[Tensor | None], rows: int) -> Tensor | None:
+    given = [mask for mask in masks if mask is not None]
+    return torch.stack(given).repeat_interleave(rows, 0) if given else None
+
+
+def _penalty(probe: CircuitProbe, plan: TrainPlan, step: int, steps: int) -> Tensor | float:
+    config = probe.config.circuit_config
+    if not config.add_l0:
+        return 0.0
+    weight = config.l0_lambda if plan.l0_lambda is None else plan.l0_lambda(step, steps)
+    return weight * probe.circuit.l0_loss()
+
+
+def _check(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: TrainPlan) -> None:
+    if not probes or len(probes) != len(data):
+        raise ConfigError(f"{len(probes)} probes but {len(data)} data: give one for each probe")
+    sites = [list(probe.circuit.sites) for probe in probes]
+    for probe, own in zip(probes, sites):
+        if probe.base is not probes[0].base or probe.readout != probes[0].readout or own != sites[0]:
+            raise ConfigError("probes trained together share one model, one readout and the same sites")
+        if probe.config.loss != "contrastive" or any(site.unit not in _ROWWISE for site in own):
+            units = ", ".join(_ROWWISE)
+            raise ConfigError(f"probes trained together have the contrastive loss and units of kind {units}")
+    if plan.target_sparsity is not None or plan.stop_undecided is not None:
+        raise ConfigError("target_sparsity and stop_undecided steer single runs: use fit")
+    if any(part.inputs is not data[0].inputs and not _same(part, data[0]) for part in data):
+        raise DataError("probes trained together look at the same inputs and positions; only labels may differ")
+    if not bool((data[0].counts == 1).all()):
+        raise DataError("probes trained together probe one position a row")
+
+
+def _same(a: ProbeData, b: ProbeData) -> bool:
+    inputs = a.inputs.keys() == b.inputs.keys() and all(torch.equal(a.inputs[k], b.inputs[k]) for k in a.inputs)
+    return inputs and torch.equal(a.token_mask, b.token_mask)

@@ -1,0 +1,66 @@
+"""Probes trained together end exactly as probes trained alone."""
+
+import pytest
+import torch
+from test_probes import circuit_probe, task
+
+from probing import ConfigError, DataError, ProbeData, TrainPlan, fit, fit_many
+
+PLAN = TrainPlan(epochs=6, batch_size=5, lr=0.05)
+
+
+def relabelled(data, seed):
+    labels = torch.randint(0, 3, (len(data),), generator=torch.Generator().manual_seed(seed))
+    return ProbeData(data.inputs, labels, data.token_mask)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "t5"])
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+@pytest.mark.parametrize("rule", ["continuous_sparsification", "hard_concrete"])
+def test_together_is_the_same_as_alone(kind, part, rule):
+    model, data = task(kind)
+    parts = [relabelled(data, seed) for seed in range(3)]
+    each = [{"l0_lambda": 10.0**-n, "seed": n} for n in (2, 3, 4)]
+    alone, together = ([circuit_probe(model, kind, part, rule=rule, **one) for one in each] for _ in range(2))
+    traces = [fit(probe, own, PLAN) for probe, own in zip(alone, parts)]
+    found = fit_many(together, parts, PLAN)
+    for a, b, x, y in zip(alone, together, traces, found):
+        for one, other in zip(a.circuit.site_masks, b.circuit.site_masks):
+            torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+        assert x.loss == pytest.approx(y.loss, abs=1e-4)
+    assert not torch.equal(together[0].circuit.site_masks[0].logits, together[1].circuit.site_masks[0].logits)
+
+
+@pytest.mark.parametrize(("unit", "sites"), [("input", "*.layers.1.mlp.*_proj"), ("neuron", "*.layers.*.mlp.*_proj")])
+def test_other_units_and_several_blocks_too(unit, sites):
+    model, data = task("llama")
+    alone, together = (
+        [
+            circuit_probe(model, "llama", "mlp", sites=sites, hparams={"mask_unit": unit}, l0_lambda=v)
+            for v in (0.0, 1e-3)
+        ]
+        for _ in range(2)
+    )
+    for probe in alone:
+        fit(probe, data, PLAN)
+    fit_many(together, [data, data], PLAN)
+    for a, b in zip(alone, together):
+        for one, other in zip(a.circuit.site_masks, b.circuit.site_masks):
+            torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_together_is_refused():
+    model, data = task("gpt2")
+    one, other = circuit_probe(model), circuit_probe(model, part="mlp")
+    with pytest.raises(ConfigError, match="share one model"):
+        fit_many([one, other], [data, data], PLAN)
+    with pytest.raises(ConfigError, match="one for each"):
+        fit_many([one], [data, data], PLAN)
+    with pytest.raises(ConfigError, match="units of kind"):
+        fit_many([circuit_probe(model, hparams={"mask_unit": "weight"})], [data], PLAN)
+    with pytest.raises(ConfigError, match="use fit"):
+        fit_many([one], [data], TrainPlan(target_sparsity=0.5))
+    with pytest.raises(DataError, match="only labels may differ"):
+        fit_many([one, circuit_probe(model)], [data, task("gpt2", rows=11)[1]], PLAN)
+    with pytest.raises(DataError, match="one position a row"):
+        fit_many([one], [task("gpt2", tokens=True)[1]], PLAN)
