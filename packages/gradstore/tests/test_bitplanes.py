@@ -7,6 +7,7 @@ import pytest
 
 from gradstore import GradientStore, InvalidInput, StoreWriter, verify
 from gradstore._encodings import Layout
+from gradstore._scratch import Scratch
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
 
@@ -101,3 +102,16 @@ def test_fewer_bits_take_fewer_bytes(tmp_path, make, write):
         assert GradientStore.open(path).dtype == dtype
     for dtype, bits in BITS.items():
         assert size[dtype] == pytest.approx(512 * (1024 * bits / 8 + 4 + 4 + 12), abs=4096)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", *BITS])
+def test_products_are_those_of_the_decoded_rows_whatever_the_scratch_held(dtype):
+    rng = np.random.default_rng(0)
+    layout, scratch = Layout(dtype, {"a": 24, "b": 5, "c": 0, "d": 11}), Scratch()
+    for n in (50, 3, 0, 70):
+        tensors = arrays_of(layout, rng.standard_normal((n, 40)).astype(np.float32))
+        for modules in (None, [1], [3, 0]):
+            rows = layout.decode(tensors, modules)
+            queries = rng.standard_normal((rows.shape[1], 4)).astype(np.float32)
+            found = layout.products(tensors, queries, modules, None, scratch)
+            np.testing.assert_allclose(found, rows @ queries, rtol=1e-4, atol=1e-4)

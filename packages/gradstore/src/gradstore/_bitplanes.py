@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstore._scratch import Scratch
+
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
@@ -61,35 +63,32 @@ def _row_sums(values: F32) -> NDArray[np.float64]:
     return values.sum(axis=1, dtype=np.float64)
 
 
-def dequantise(planes: list[U8], bits: int) -> F32:
+def dequantise(planes: list[U8], bits: int, scratch: Scratch | None = None) -> F32:
     """The first planes of a b-bit module [n, bytes] → float32 [n, 8 * bytes] in units of its scale.
 
-    With fewer planes than bits the values are those of the cell centres of the coarser quantiser.
+    With fewer planes than bits the values are those of the cell centres of the coarser quantiser. With `scratch` the
+    result lies in its memory, to be used before the next call.
     """
-    values = _single(planes[0]) if len(planes) == 1 else _pair(planes[0], planes[1])
-    for high, low in zip(planes[2::2], planes[3::2]):
+    scratch = scratch or Scratch()
+    values = _look_up(planes[:2], scratch, "values")
+    for first in range(2, len(planes), 2):
         values *= 4
-        values += _pair(high, low)
+        values += _look_up(planes[first : first + 2], scratch, "low")
     if len(planes) < bits:
         values *= np.float32(1 << (bits - len(planes)))
     return values
 
 
-def _single(plane: U8) -> F32:
-    return _look_up(_table(1), plane.reshape(-1), plane.shape)
-
-
-def _pair(high: U8, low: U8) -> F32:
-    index = np.left_shift(high, 8, dtype=np.uint16)
-    index |= low
-    return _look_up(_table(2), index.reshape(-1), high.shape)
-
-
-def _look_up(table: NDArray[np.void], index: NDArray[np.unsignedinteger], shape: tuple[int, ...]) -> F32:
-    rows, width = shape
-    out = np.empty((rows, 8 * width), np.float32)
+def _look_up(planes: list[U8], scratch: Scratch, name: str) -> F32:
+    rows, width = planes[0].shape
+    index = scratch.array("index", planes[0].shape, np.intp)
+    np.copyto(index, planes[0])
+    for plane in planes[1:]:
+        index <<= 8
+        index |= plane
+    out = scratch.array(name, (rows, 8 * width), np.float32)
     # an item of 32 opaque bytes is eight floats: NumPy moves it in one go; "clip" spares the bounds check
-    np.take(table, index, out=out.reshape(-1).view("V32"), mode="clip")
+    np.take(_table(len(planes)), index.reshape(-1), out=out.reshape(-1).view("V32"), mode="clip")
     return out
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gradstore._encodings import F32
 from gradstore._errors import InvalidInput
+from gradstore._scratch import Scratch
 from gradstore._store import Block, GradientStore
 from gradstore._threads import cores, in_order, one_blas_thread
 
@@ -155,6 +156,7 @@ class _Scorer:
     ) -> None:
         self._store = store
         self._bits = _check_bits(store, bits)
+        self._scratch = Scratch()
         self._cos = metric == "cos"
         self._modules = store.select(modules)
         chosen = check_queries(store, queries, metric)
@@ -168,7 +170,7 @@ class _Scorer:
         width = chosen.shape[1]
         # Higham and Mary 2019: rounding errors of a length-n sum grow like sqrt(n) u, not n u; 4 sqrt(n) is generous
         self._relative = (4 * width**0.5 + 8) * 2.0**-24
-        self._step = max(16, _BLOCK_BYTES // (4 * max(width, 1)))
+        self._step = max(16, _BLOCK_BYTES // (4 * max(width, len(chosen), 1)))
 
     def sweep(self, block_rows: int | None, threads: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
         """First row and scores of one block after the other, in row order."""
@@ -206,7 +208,7 @@ class _Scorer:
         if self._bits is not None or (self._cos and self._modules is not None):
             norm = _norms(block.values(self._modules, self._bits))
         with np.errstate(over="ignore", invalid="ignore"):
-            result = block.products(self._queries, self._modules, self._bits).T
+            result = block.products(self._queries, self._modules, self._bits, self._scratch).T
             if self._cos:
                 result = np.divide(result, norm, out=np.zeros_like(result), where=norm > 0)
         if not np.isfinite(result).all():

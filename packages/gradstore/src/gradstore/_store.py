@@ -17,6 +17,7 @@ from gradstore._encodings import F32, Layout, Stored
 from gradstore._errors import InvalidInput, StoreCorrupt, StoreIncomplete, did_you_mean
 from gradstore._journal import read_journal
 from gradstore._manifest import SIDE_DTYPES, load_manifest
+from gradstore._scratch import Scratch
 from gradstore._shard import map_file, read_ahead, shard_tensors
 from gradstore._writer import shard_file
 
@@ -45,9 +46,9 @@ class Block:
         picked = self._tensors if rows is None else {name: self._tensors[name][rows] for name in self._layout.shapes}
         return self._layout.decode(picked, modules, bits)
 
-    def products(self, queries: F32, modules: Sequence[int] | None, bits: int | None) -> F32:
+    def products(self, queries: F32, modules: Sequence[int] | None, bits: int | None, scratch: Scratch) -> F32:
         """`values(modules, bits) @ queries`, float32 [n, q], but faster."""
-        return self._layout.products(self._tensors, queries, modules, bits)
+        return self._layout.products(self._tensors, queries, modules, bits, scratch)
 
 
 class GradientStore:
