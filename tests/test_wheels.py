@@ -1,8 +1,8 @@
 """Each member's wheel works with what it declares and nothing else of ours.
 
 The wheels are built by the build backend itself. A fresh interpreter without site-packages gets them, then the
-installed packages behind a gate that lets through only what the members' metadata requires, to the last dependency: what a
-wheel forgot to declare cannot be imported.
+installed packages behind a gate that lets through only what the members' metadata requires, down to the last one: what
+a wheel forgot to declare cannot be imported.
 """
 
 from __future__ import annotations
