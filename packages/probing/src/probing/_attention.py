@@ -73,7 +73,7 @@ def _attend(
         shown = mask.expand(rows, -1, -1, -1)[each, :, at][..., :seen]  # [R, 1 | heads, S]
         shown = shown.unsqueeze(1) if shown.shape[1] == 1 else shown.view(rows, own, heads // own, seen)
         scores = scores.masked_fill(~shown, float("-inf")) if shown.dtype == torch.bool else scores + shown
-    elif causal and positions > 1:
+    elif causal and int(at.min()) < positions - 1:  # the last position sees all
         future = torch.arange(seen, device=query.device) > (at + seen - positions)[:, None]
         scores = scores.masked_fill(future[:, None, None], float("-inf"))
     weights = scores.softmax(-1)
