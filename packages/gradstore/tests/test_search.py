@@ -206,3 +206,19 @@ def test_blas_gets_its_threads_back(store):
         results = list(pool.map(lambda _: search(store, np.ones((1, 12), np.float32), 5), range(20)))
     assert all((result.top_rows == results[0].top_rows).all() for result in results)
     assert limits() == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int2"])
+@pytest.mark.parametrize("metric", ["dot", "cos"])
+def test_near_ties_that_a_float32_sum_can_not_tell_apart(tmp_path, make, write, dtype, metric):
+    arrays = make(400, 4096)
+    rng = np.random.default_rng(3)
+    arrays.rows = arrays.rows[:1] + np.where(rng.random((400, 4096)) < 0.002, 1e-4, 0).astype(np.float32)
+    store = GradientStore.open(
+        write(tmp_path / "s", arrays, columns={"a": 96, "b": 4000}, dtype=dtype, rows_per_shard=150)
+    )
+    queries = np.concatenate([arrays.rows[:1], rng.standard_normal((4, 4096)).astype(np.float32)])
+    for block_rows in (None, 33):
+        assert_same(
+            search(store, queries, 25, metric=metric, block_rows=block_rows), reference(store, queries, 25, metric)
+        )
