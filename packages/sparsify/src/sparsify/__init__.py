@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsify._cache import ActivationCache, build_cache
     from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
     from sparsify._evaluate import Evaluation, evaluate, grafted
+    from sparsify._hub import push_to_hub
     from sparsify._trainer import SaeTrainer, Trainer
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Evaluation",
     "evaluate",
     "grafted",
+    "push_to_hub",
     "SparsifyError",
     "CheckpointError",
     "ConfigError",
@@ -60,6 +62,7 @@ _LAZY = {
     "Evaluation": "sparsify._evaluate",
     "evaluate": "sparsify._evaluate",
     "grafted": "sparsify._evaluate",
+    "push_to_hub": "sparsify._hub",
     "SaeTrainer": "sparsify._trainer",
 }
 
