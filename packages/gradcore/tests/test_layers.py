@@ -128,6 +128,26 @@ def test_a_whole_model_with_every_parameter():
         assert relative(collector.gradients[name], expected) < 2e-6
 
 
+def test_a_table_looked_up_once_for_the_whole_batch():
+    """Position tables: ids [1, s], added to every example."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(11, 6), nn.Embedding(5, 6)
+
+        def forward(self, ids):
+            return self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None])
+
+    model, x = Positions(), torch.randint(0, 11, (EXAMPLES, 5))
+    plan = CapturePlan.for_model(model)
+    with GradientCollector(model, plan) as collector:
+        model(x).sin().sum().backward()
+    truth = planned_one_by_one(model, lambda row: model(x[row : row + 1]).sin().sum(), EXAMPLES, plan)
+    for name in ("tokens", "places"):
+        assert relative(collector.gradients[name], truth[name]) < 2e-6
+
+
 def test_the_unit_offset_of_gemma_norms_does_not_matter():
     class GemmaRMSNorm(nn.Module):
         def __init__(self):

@@ -178,7 +178,7 @@ def plan_of(store: GradientStore) -> CapturePlan:
 def require_same_weights(plan: CapturePlan, module: nn.Module, index: str) -> None:
     """Raise :class:`RunError` unless the module's weights are those the plan was made for."""
     names = dict(module.named_modules())
-    absent = next((planned.name for planned in plan.modules if planned.name not in names), None)
+    absent = next((planned.path for planned in plan.modules if planned.path not in names), None)
     if absent is not None:
         raise RunError(f"{index} was made from another model: this one has no module {absent!r}")
     if plan.model and plan.model != model_fingerprint(module):

@@ -23,7 +23,7 @@ from attribute.run import (
     require_same_options,
     scratch_beside,
 )
-from gradcore import CapturePlan, coverage
+from gradcore import AttentionConfig, CapturePlan, coverage
 from gradstore import GradientStore, StoreWriter
 
 
@@ -60,6 +60,7 @@ def collect_gradients(
     *,
     tokenizer: Any = None,
     config: IndexConfig | None = None,
+    attention_cfgs: Mapping[str, AttentionConfig] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> GradientStore:
@@ -77,6 +78,8 @@ def collect_gradients(
             (and ``labels``) is taken as it is; otherwise the columns of ``config.data`` are tokenised.
         path: the run folder.
         tokenizer: needed unless the data holds ``input_ids``.
+        attention_cfgs: pattern of modules → how their heads lie: each head becomes columns of its own,
+            ``h.0.attn.c_proj.head_3``.
         config: everything else; its model name and dataset name are kept as provenance.
         overwrite: replace a run that exists.
         progress: told of each stage.
@@ -90,14 +93,14 @@ def collect_gradients(
         require_same_options(path, config)
     language_model = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     source = data if isinstance(data, Source) else source_of(data)
-    plan = language_model.plan(config)
+    plan = language_model.plan(config, attention_cfgs)
     _announce(language_model, plan, progress)
 
     with scratch_beside(path) as scratch:
         tokens, records = _tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
-        with _writer(path, tokens, plan, config) as writer:
+        with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
             writer.write_data(records())
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
@@ -176,8 +179,13 @@ def _left_out(left_out: Iterable[Any], head: int) -> str:
     return ", ".join(f"{kind} {floats:,}" for kind, floats in by_reason.items())
 
 
-def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig) -> StoreWriter:
-    identity = {"capture": plan.to_dict(), "tokens": tokens.digest, "token_batch_size": config.token_batch_size}
+def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig, head: str) -> StoreWriter:
+    identity = {
+        "capture": plan.to_dict(),
+        "head": head,
+        "tokens": tokens.digest,
+        "token_batch_size": config.token_batch_size,
+    }
     if is_begun(path):
         require_same_inputs(path, config, weights=plan.model, tokens=tokens.digest)
         return StoreWriter.resume(path, plan=identity)

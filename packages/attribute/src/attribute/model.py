@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
-from gradcore import MATRICES, CapturePlan, model_fingerprint, per_example_loss
+from gradcore import MATRICES, AttentionConfig, CapturePlan, model_fingerprint, per_example_loss
 
 if TYPE_CHECKING:
     from attribute.config import IndexConfig
@@ -72,6 +73,10 @@ class LanguageModel:
         """Fingerprint of the weights of the base model, whose modules are captured."""
         return model_fingerprint(self.base)
 
+    def head_fingerprint(self) -> str:
+        """Fingerprint of the output embedding, which shapes every gradient below it."""
+        return model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
+
     def losses(self, input_ids: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
         """Loss of each row ``[n]`` in nats, in float32; ``[n, s]`` ids and labels."""
         if self.fused:
@@ -81,8 +86,8 @@ class LanguageModel:
         logits = self.model(input_ids=input_ids, use_cache=False).logits
         return _logit_losses(logits, labels, reduction)
 
-    def plan(self, config: IndexConfig) -> CapturePlan:
-        """What the configuration captures of this model."""
+    def plan(self, config: IndexConfig, attention: Mapping[str, AttentionConfig] | None = None) -> CapturePlan:
+        """What the configuration captures of this model, with the heads of ``attention`` one by one."""
         return CapturePlan.for_model(
             self.base,
             config.modules or None,
@@ -91,6 +96,7 @@ class LanguageModel:
             sketch=config.sketch,
             reduction=config.loss_reduction,
             include_bias=config.include_bias,
+            attention=attention,
             fingerprint=self.fingerprint(),
         )
 

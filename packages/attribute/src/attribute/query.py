@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attribute._errors import DataError
+from attribute._errors import DataError, RunError
 from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
 from attribute.data import Row, TokenFileWriter, open_source, rows_of
@@ -51,6 +51,8 @@ class Asker:
         name = model or config.model
         loaded = load_model(name, precision=config.precision, device=device, revision=config.revision)
         require_same_weights(plan, loaded.base, str(index))
+        if store.plan["head"] != loaded.head_fingerprint():
+            raise RunError(f"{index} was made with another output embedding than {name!r} has: its gradients differ")
         return cls(store, loaded, load_tokenizer(config.tokenizer or name, config.revision), config)
 
     def ask(

@@ -6,10 +6,12 @@ from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
 from gradcore._fingerprint import model_fingerprint
 from gradcore._loss import IGNORE, per_example_loss
-from gradcore._plan import MATRICES, CapturePlan, ModulePlan
+from gradcore._module_plan import AttentionConfig, ModulePlan
+from gradcore._plan import MATRICES, CapturePlan
 from gradcore.sketches import Identity, Sketch, TwoSided
 
 __all__ = [
+    "AttentionConfig",
     "CaptureError",
     "CapturePlan",
     "Coverage",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradcore._errors import CaptureError
 from gradcore._factors import Factor
-from gradcore._plan import CapturePlan, ModulePlan
+from gradcore._module_plan import ModulePlan
+from gradcore._plan import CapturePlan
 from gradcore.layers import Layer, layer_for
 from gradcore.sketches import BoundSketch
 
@@ -76,19 +78,17 @@ class GradientCollector:
     def __enter__(self) -> GradientCollector:
         modules = dict(self.model.named_modules())
         for planned in self.plan.modules:
-            module = modules.get(planned.name)
+            module = modules.get(planned.path)
             layer = layer_for(module) if module is not None else None
             if module is None or layer is None:
-                raise CaptureError(f"the model has no module {planned.name!r} that can be captured, the plan does")
-            found, expected = layer.shape(module, planned.bias), (planned.out_features, planned.in_features)
-            if found != expected:
-                raise CaptureError(f"{planned.name} is {list(found)}, the plan says {list(expected)}")
+                raise CaptureError(f"the model has no module {planned.path!r} that can be captured, the plan does")
+            _require_shape(layer.shape(module, planned.bias), planned)
         if self._freeze:
             self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
         for planned in self.plan.modules:
-            module = modules[planned.name]
+            module = modules[planned.path]
             device = next(module.parameters()).device
             bound = self.plan.sketch.bind(
                 planned.name, planned.out_features, planned.in_features, device, planned.elementwise
@@ -135,11 +135,11 @@ class GradientCollector:
         self._passes = []
         return rows
 
-    def _pass_for_forward(self) -> _Pass:
-        """The open pass; a forward call after gradients have arrived opens the next."""
+    def _pass_for_forward(self, examples: int) -> _Pass:
+        """The open pass; a forward call after gradients have arrived opens the next, whose batch is this one."""
         inside_backward = torch._C._current_graph_task_id() != -1  # a recomputing checkpoint
         if not self._passes or (self._passes[-1].touched and not inside_backward):
-            self._passes.append(_Pass(self.plan, self._spare))
+            self._passes.append(_Pass(self.plan, self._spare, examples))
             self._spare = None
         return self._passes[-1]
 
@@ -154,8 +154,9 @@ class GradientCollector:
 class _Pass:
     """One forward and backward over a batch: its rows, and which modules have written theirs."""
 
-    def __init__(self, plan: CapturePlan, spare: Tensor | None) -> None:
+    def __init__(self, plan: CapturePlan, spare: Tensor | None, examples: int) -> None:
         self.plan = plan
+        self.examples = examples
         self.touched: set[str] = set()
         self.rows: Tensor | None = None
         self._spare = spare
@@ -194,6 +195,30 @@ class _Pass:
         return like.new_empty(examples, self.plan.width)
 
 
+def _require_shape(found: tuple[int, int], planned: ModulePlan) -> None:
+    expected, head = (planned.out_features, planned.in_features), planned.head
+    if head is None:
+        fits = found == expected
+    elif head.side == "out":
+        fits = head.stop <= found[0] and found[1] == expected[1]
+    else:
+        fits = found[0] == expected[0] and head.stop <= found[1]
+    if not fits:
+        raise CaptureError(f"{planned.path} is {list(found)}, the plan says {list(expected)}")
+
+
+@overload
+def _part(factor: Tensor, planned: ModulePlan, side: str) -> Tensor: ...
+@overload
+def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor: ...
+def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor:
+    """The features of the planned head, on the side where it is cut out."""
+    head = planned.head
+    if head is None or head.side != side or not isinstance(factor, Tensor):
+        return factor
+    return factor[..., head.start : head.stop]
+
+
 def _forward_hook(
     collector: GradientCollector, planned: ModulePlan, layer: Layer, bound: BoundSketch
 ) -> Callable[..., Tensor]:
@@ -218,17 +243,22 @@ def _forward_hook(
                 "around the forward pass"
             )
         given = (args[0] if args else next(iter(kwargs.values()))).detach()
-        factor = layer.forward(module, given, planned.bias)
+        current = collector._pass_for_forward(len(output))
+        if len(output) == 1 < current.examples and layer.forward_side == "out":
+            # Looked up once for the whole batch, as position tables are: each example has a gradient of its own.
+            output = output.expand(current.examples, *output.shape[1:])
+            given = given.expand(current.examples, *given.shape[1:])
+        factor = _part(layer.forward(module, given, planned.bias), planned, layer.forward_side)
         kept = factor if layer.elementwise else keep(factor)
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
         watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
         version = given._version
-        current = collector._pass_for_forward()
 
         def receive(gradient: Tensor) -> None:
             if watched is not None and watched._version != version:
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
-            collector._receive(current, name, gradient_of(kept, layer.backward(module, gradient)))
+            arrived = _part(layer.backward(module, gradient), planned, "in" if layer.forward_side == "out" else "out")
+            collector._receive(current, name, gradient_of(kept, arrived))
 
         if not output.requires_grad:
             # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.

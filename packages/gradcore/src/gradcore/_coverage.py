@@ -51,7 +51,7 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
     >>> report.captured, report.total, report.left_out[0].parameters
     (48, 50, ('bias',))
     """
-    planned = {module.name: module for module in plan.modules}
+    planned = {module.path: module for module in plan.modules}
     seen: set[int] = set()
     captured, total, left_out = 0, 0, list[Uncaptured]()
     for name, module in model.named_modules():

@@ -14,28 +14,12 @@ from torch import nn
 
 from gradcore._addressing import select_modules
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch
+from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore.layers import layer_for
 from gradcore.sketches import Identity, Sketch, sketch_from_dict
 
 REDUCTIONS = ("sum", "mean")
 MATRICES = ("linear", "hf_conv1d")
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """One captured module: its dotted name, layer kind and gradient shape [out, in].
-
-    Attributes:
-        bias: whether the bias is captured as one more input that is always 1.
-        elementwise: whether this is a vector layer, whose gradient has no low-rank form.
-    """
-
-    name: str
-    kind: str
-    out_features: int
-    in_features: int
-    bias: bool = False
-    elementwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +64,23 @@ class CapturePlan:
         loss: str = "ce",
         reduction: str = "sum",
         include_bias: bool = False,
+        attention: Mapping[str, AttentionConfig] | None = None,
         fingerprint: str = "",
     ) -> CapturePlan:
         """Plan for every module of a captured layer type that the patterns select (all of them by default).
 
-        ``kinds`` narrows the layer types, to :data:`MATRICES` for the linear layers that most methods are defined on.
+        Args:
+            model: the model.
+            modules, exclude: patterns as for :func:`select_modules`.
+            kinds: narrows the layer types, to :data:`MATRICES` for the linear layers that most methods are defined on.
+            sketch, loss, reduction: as the attributes.
+            include_bias: capture biases as one more input that is always 1.
+            attention: pattern of modules → how their heads lie; each head is then captured under ``module.head_0`` ….
+            fingerprint: of the weights.
 
         Raises:
             SelectionError: a pattern matches nothing that can be captured; close matches are listed.
+            CaptureError: heads that do not fill their matrix.
         """
 
         def wanted(_: str, module: nn.Module) -> bool:
@@ -95,8 +88,13 @@ class CapturePlan:
             return layer is not None and (kinds is None or layer.kind in kinds)
 
         names = select_modules(model, modules, exclude=exclude, where=wanted)
+        whole = {name: ModulePlan.of(name, model.get_submodule(name), include_bias) for name in names}
+        split = {name: [plan] for name, plan in whole.items()}
+        for pattern, config in (attention or {}).items():
+            for name in select_modules(names, pattern):
+                split[name] = whole[name].heads(config)
         return cls(
-            modules=tuple(_module_plan(name, model.get_submodule(name), include_bias) for name in names),
+            modules=tuple(part for parts in split.values() for part in parts),
             sketch=sketch or Identity(),
             loss=loss,
             reduction=reduction,
@@ -153,7 +151,7 @@ class CapturePlan:
             odd = sorted(set(saved) ^ expected)
             raise GradCoreError(f"not a capture plan of this version: unexpected or missing {', '.join(odd)}")
         return cls(
-            modules=tuple(ModulePlan(**module) for module in saved["modules"]),
+            modules=tuple(ModulePlan.from_dict(module) for module in saved["modules"]),
             sketch=sketch_from_dict(saved["sketch"]),
             loss=saved["loss"],
             reduction=saved["reduction"],
@@ -199,11 +197,3 @@ def _difference(mine: tuple[ModulePlan, ...], theirs: tuple[ModulePlan, ...]) ->
 
 def _show(module: ModulePlan) -> str:
     return f"{module.name} [{module.out_features}, {module.in_features}]"
-
-
-def _module_plan(name: str, module: nn.Module, include_bias: bool) -> ModulePlan:
-    layer = layer_for(module)
-    assert layer is not None  # for_model selected it by this very test
-    bias = include_bias and "bias" in layer.covered(module, True)
-    out_features, in_features = layer.shape(module, bias)
-    return ModulePlan(name, layer.kind, out_features, in_features, bias, layer.elementwise)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,7 +62,10 @@ class Sketch(ABC):
 _KINDS: dict[str, type[Sketch]] = {}
 
 
-def register_sketch(cls: type[Sketch]) -> type[Sketch]:
+S = TypeVar("S", bound=Sketch)
+
+
+def register_sketch(cls: type[S]) -> type[S]:
     """Class decorator: make a sketch readable from saved plans under its ``kind``."""
     _KINDS[cls.kind] = cls
     return cls
