@@ -150,6 +150,42 @@ def test_memory_maps_and_saved_datasets(model, tmp_path):
         assert json.loads(succeed(*words).stdout.splitlines()[-1])["tokens/layers.0"] == 24 * 64
 
 
+def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
+    def ok(*words):
+        result = CliRunner().invoke(sae, [str(w) for w in words])
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        return result.stdout
+
+    rows = ["--ctx_len", "64", "--max_examples", "24"]
+    said = ok("cache", model, text, tmp_path / "acts", *rows, "--hookpoints", "layers.[12]", "--batch_size", "4")
+    assert "6 batches of layers.1, layers.2" in said
+    shape = ["--num_latents", "256", "--k", "8", "--save_dir", tmp_path / "c", "--run_name", "r", "--lr", "1e-3"]
+    ok("train", "--cache", tmp_path / "acts", "--hookpoints", "layers.2", *shape)
+    assert list(Sae.load_many(str(tmp_path / "c" / "r"), local=True)) == ["layers.2"]
+    for words, message in [
+        (["--hookpoints", "layers.3"], "matches no module; did you mean"),
+        (["--transcode"], "build it again with pairs=True"),
+        (["--loss_fn", "kl"], "runs the model"),
+        (["--layers", "1"], "choose with hookpoints"),
+    ]:
+        result = CliRunner().invoke(sae, ["train", "--cache", str(tmp_path / "acts"), *map(str, shape), *words])
+        assert result.exit_code == 1
+        assert message in result.output
+
+    table = ok("eval", model, text, tmp_path / "c" / "r", *rows, "--batch_size", "8", "--json")
+    judged = json.loads(table.splitlines()[-1])
+    assert judged["grafted"]["layers.2"]["kl"] < judged["zero"]["layers.2"]["kl"]
+    assert json.loads((tmp_path / "c" / "r" / "eval.json").read_text()) == judged
+
+    assert "sparsify → saelens: layers.2" in ok("convert", tmp_path / "c" / "r", tmp_path / "s", "--to", "saelens")
+    assert (tmp_path / "s" / "layers.2" / "sae_weights.safetensors").exists()
+    refused = CliRunner().invoke(sae, ["convert", str(tmp_path / "s"), str(tmp_path / "d")])
+    assert refused.exit_code == 1
+    listed = ok("push", tmp_path / "c" / "r", "me/sae", "--dry-run")
+    assert "layers.2/sae.safetensors" in listed
+    assert listed.endswith("nothing was uploaded\n")
+
+
 def test_help_shows_every_field_and_imports_no_torch():
     call = "sae(['train', '--help'], standalone_mode=False)"
     code = f"import sys; from sparsify.cli import sae; {call}; print('torch' in sys.modules)"

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradcore import SelectionError, select_modules
 from sparsify import _hooks
-from sparsify._errors import CheckpointError, DataError, FormatError
+from sparsify._config import TrainConfig
+from sparsify._errors import CheckpointError, ConfigError, DataError, FormatError, HookpointError
 from sparsify._files import safe_name, write_json
 from sparsify._source import OnTheFly, Pair
 
@@ -133,6 +135,26 @@ class ActivationCache:
             if name not in self.hookpoints:
                 raise DataError(f"{self.root} does not hold {name!r}, only {', '.join(self.hookpoints[:8])}")
         return CachedSource(self, chosen, transcode, exclude, max_norm_ratio, buffer_batches, seed, shard)
+
+    def source_for(self, cfg: TrainConfig) -> CachedSource:
+        """The cache as a training configuration wants it: its hookpoints, exclusions and mixing."""
+        if cfg.loss_fn != "fvu":
+            raise ConfigError(f"loss_fn={cfg.loss_fn!r} runs the model, which a cache stands in for: train without it")
+        if cfg.layers or cfg.layer_stride != 1:
+            raise ConfigError("a cache has no layer numbers: choose with hookpoints")
+        names = self.hookpoints
+        if cfg.hookpoints:
+            try:
+                names = select_modules(self.hookpoints, list(cfg.hookpoints))
+            except SelectionError as error:
+                raise HookpointError(f"{self.root}: {error}") from None
+        return self.source(
+            transcode=cfg.sae.transcode,
+            hookpoints=names,
+            exclude=cfg.exclude_tokens,
+            max_norm_ratio=cfg.max_norm_ratio,
+            buffer_batches=cfg.buffer_batches,
+        )
 
     def tokens(self, index: int) -> Tensor:
         """(rows, tokens) ids of a batch."""

@@ -87,7 +87,7 @@ def _option(f: Field[Any], hint: Any, text: str) -> Callable[[Callable[..., Any]
     return click.option(name, type=hint, default=default, help=text)
 
 
-def parse_assignments(text: str) -> dict[str, Any]:
+def parse_assignments(text: str, option: str = "--data_args") -> dict[str, Any]:
     """``"a=1,b=x"`` as keyword arguments; numbers, True, False and None are read as such.
 
     >>> parse_assignments("name=en,n=3,streaming=True")
@@ -97,7 +97,7 @@ def parse_assignments(text: str) -> dict[str, Any]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise click.UsageError(f"--data_args: {part!r} is not of the form name=value")
+            raise click.UsageError(f"{option}: {part!r} is not of the form name=value")
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -1,4 +1,4 @@
-"""The commands: ``python -m sparsify MODEL [DATASET] ...`` and ``trace sae train|...``.
+"""The commands: ``python -m sparsify MODEL [DATASET] ...`` and ``trace sae train|eval|cache|convert|push``.
 
 Importing this module imports no torch: the heavy half of each command is imported when it runs.
 """
@@ -60,8 +60,9 @@ def sae() -> None:
 @options_from(TrainConfig, skip=("sae",))
 @options_from(Artifacts)
 @click.option("--resume", is_flag=True, help="Go on with the run in save_dir/run_name.")
+@click.option("--cache", type=click.Path(exists=True), help="Train on activations kept by `cache`, without MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final averages as JSON.")
-def train(model: str, dataset: str, resume: bool, as_json: bool, **options: Any) -> None:
+def train(model: str, dataset: str, resume: bool, cache: str | None, as_json: bool, **options: Any) -> None:
     """Train sparse coders on the activations of MODEL over DATASET.
 
     DATASET is a Hub name, a folder a dataset was saved to, a .txt, .jsonl, .csv or .parquet file, or a .bin memory map
@@ -72,7 +73,10 @@ def train(model: str, dataset: str, resume: bool, as_json: bool, **options: Any)
         coder = SaeConfig(**{f.name: options.pop(f.name) for f in fields(SaeConfig)})
         cfg = TrainConfig(sae=coder, **options)
         arguments = parse_assignments(artifacts.data_args)
-        averages, folder = _train(model, dataset, cfg, artifacts, arguments, resume)
+        if cache is not None:
+            averages, folder = _train_from_cache(cache, cfg, resume)
+        else:
+            averages, folder = _train(model, dataset, cfg, artifacts, arguments, resume)
     if averages is None:
         return
     if as_json:
@@ -131,6 +135,176 @@ def _train(
             trainer.load_state()
         trainer.fit()
         return (trainer.averages if first else None), str(trainer.folder)
+
+
+def _train_from_cache(folder: str, cfg: TrainConfig, resume: bool) -> tuple[dict[str, float] | None, str]:
+    from sparsify._cache import ActivationCache
+    from sparsify._trainer import Trainer
+
+    cache = ActivationCache(folder)
+    source = cache.source_for(cfg)
+    trainer = Trainer(cfg, source=source, recipe=cache.manifest["recipe"])
+    if resume:
+        trainer.load_state()
+    trainer.fit()
+    return trainer.averages, str(trainer.folder)
+
+
+@sae.command("eval", cls=Command)
+@click.argument("model")
+@click.argument("dataset")
+@click.argument("coders", type=click.Path(exists=True, file_okay=False))
+@options_from(Artifacts, skip=("load_in_8bit",))
+@click.option("--batch_size", default=8, help="Rows per batch.")
+@click.option("--max_batches", type=int, help="Stop after this many batches.")
+@click.option("--out", type=click.Path(), help="Where to write the result; CODERS/eval.json by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate_command(
+    model: str,
+    dataset: str,
+    coders: str,
+    batch_size: int,
+    max_batches: int | None,
+    out: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Judge the coders in the folder CODERS by reconstruction, and by CE and KL when grafted into MODEL."""
+    with errors_as_messages():
+        from rich.console import Console
+
+        from sparsify import _load
+        from sparsify._evaluate import evaluate
+        from sparsify._files import load_many
+
+        artifacts = Artifacts(**options)
+        loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
+        found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
+        exclude = _load.special_ids(model, artifacts.revision, artifacts.hf_token) if artifacts.exclude_special else ()
+        result = evaluate(loaded, found, rows, batch_size=batch_size, max_batches=max_batches, exclude=exclude)
+        result.save(out or f"{coders}/eval.json")
+        if as_json:
+            click.echo(json.dumps(result.to_dict()))
+        else:
+            Console().print(result.table())
+
+
+@sae.command("cache", cls=Command)
+@click.argument("model")
+@click.argument("dataset")
+@click.argument("out", type=click.Path(file_okay=False))
+@options_from(Artifacts, skip=("load_in_8bit", "exclude_special"))
+@click.option("--hookpoints", multiple=True, help="Module-name patterns; every layer's output by default.")
+@click.option("--batch_size", default=32, help="Rows per file.")
+@click.option("--max_batches", type=int, help="Stop after this many batches.")
+@click.option("--pairs", is_flag=True, help="Keep inputs too, for transcoders.")
+def cache_command(
+    model: str,
+    dataset: str,
+    out: str,
+    hookpoints: tuple[str, ...],
+    batch_size: int,
+    max_batches: int | None,
+    pairs: bool,
+    **options: Any,
+) -> None:
+    """Compute activations of MODEL over DATASET once and keep them in the folder OUT; run again to go on or append."""
+    with errors_as_messages():
+        from sparsify._cache import build_cache
+
+        loaded, rows = _model_and_rows(model, dataset, Artifacts(**options), head=False)
+        cache = build_cache(
+            out,
+            loaded,
+            rows,
+            hookpoints,
+            batch_size=batch_size,
+            pairs=pairs,
+            max_batches=max_batches,
+            recipe={"model": model, "dataset": dataset},
+        )
+        click.echo(f"{len(cache)} batches of {', '.join(cache.hookpoints)}, {cache.bytes / 2**20:,.1f} MiB in {out}")
+
+
+@sae.command("convert", cls=Command)
+@click.argument("source", type=click.Path(exists=True))
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--to", "layout", default="sparsify", help="sparsify, saelens, dictionary_learning or circuit_tracer.")
+@click.option("--layout", "seen", help="What SOURCE is, where its files leave a doubt.")
+@click.option("--allow_pickle", is_flag=True, help="Read .pt files too (tensors and plain values only).")
+@click.option("--dict_class", help="dictionary_learning's class, where no config.json names it.")
+@click.option("--act_mean", type=click.Choice(["fold", "ignore"]), help="What to do with a stored act_mean.")
+@click.option("--allow_inexact", is_flag=True, help="Write TopK transcoders for circuit-tracer.")
+@click.option("--metadata", default="", help='What the layout wants to know, as "name=value,name=value".')
+def convert_command(
+    source: str,
+    out: str,
+    layout: str,
+    seen: str | None,
+    allow_pickle: bool,
+    dict_class: str | None,
+    act_mean: str | None,
+    allow_inexact: bool,
+    metadata: str,
+) -> None:
+    """Rewrite the coders in SOURCE, of whatever library, in another library's layout under OUT."""
+    with errors_as_messages():
+        from sparsify import convert
+
+        found = convert.load(source, layout=seen, allow_pickle=allow_pickle, dict_class=dict_class, act_mean=act_mean)
+        told = parse_assignments(metadata, "--metadata")
+        convert.save(found.coders, out, layout, metadata=told, allow_inexact=allow_inexact)
+        click.echo(f"{found.layout} → {layout}: {', '.join(found.coders)}")
+
+
+@sae.command("push", cls=Command)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("repo")
+@click.option("--revision", default="main", help="Branch, made where missing.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", help="Licence of the weights, for the card.")
+@click.option("--dry_run", is_flag=True, help="List the files and stop; contacts nothing.")
+@click.option("--hf_token", help="Hub token; the one logged in with by default.")
+def push_command(
+    folder: str, repo: str, revision: str, private: bool, license: str | None, dry_run: bool, hf_token: str | None
+) -> None:
+    """Upload the coders in FOLDER to the Hub repository REPO, with a model card, in one commit."""
+    with errors_as_messages():
+        from sparsify._hub import push_to_hub
+
+        done = push_to_hub(
+            folder, repo, revision=revision, private=private, license=license, dry_run=dry_run, token=hf_token
+        )
+        for name, size in done.files.items():
+            click.echo(f"{size:>12,} {name}")
+        click.echo("nothing was uploaded" if done.commit_url is None else done.commit_url)
+
+
+def _model_and_rows(model: str, dataset: str, artifacts: Artifacts, *, head: bool) -> tuple[Any, Any]:
+    from sparsify import _load
+
+    loaded = _load.load_model(
+        model,
+        head=head,
+        revision=artifacts.revision,
+        token=artifacts.hf_token,
+        eight_bit=False,
+        device=_load.pick_device(artifacts.device),
+    )
+    rows = _load.load_rows(
+        dataset,
+        model,
+        split=artifacts.split,
+        ctx_len=artifacts.ctx_len,
+        max_examples=artifacts.max_examples,
+        text_column=artifacts.text_column,
+        shuffle_seed=artifacts.shuffle_seed,
+        num_proc=artifacts.data_preprocessing_num_proc,
+        arguments=parse_assignments(artifacts.data_args),
+        revision=artifacts.revision,
+        token=artifacts.hf_token,
+    )
+    return loaded, rows
 
 
 @contextmanager
