@@ -101,6 +101,9 @@ SITES = {
 }
 
 
+PLAN = TrainPlan(epochs=6, batch_size=5, lr=0.05)
+
+
 def task(kind, rows=12, tokens=False, model=None):
     """Random rows and labels; one probed position a row, or several."""
     model = model if model is not None else zoo.make(kind)
@@ -170,6 +173,38 @@ def test_the_cached_path_knows_every_unit(unit):
     torch.testing.assert_close(fast.vectors(rows), slow.vectors(rows), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "unit", "sites"),
+    [
+        ("qwen3_moe", "expert", "model.layers.1.mlp.experts"),
+        ("mixtral", "expert", "model.layers.*.mlp.experts"),
+        ("llama", "module", ["model.layers.0.self_attn", "model.layers.*.mlp"]),
+        ("gpt2", "module", ["transformer.h.0.attn", "transformer.h.0.mlp", "transformer.h.1.attn"]),
+        ("gpt2", "neuron", "transformer.h.*.attn.c_*"),
+    ],
+)
+def test_regression_every_step_from_the_cache_sees_the_same_prefix(kind, unit, sites):
+    """Blocks are handed key-value caches, some as positional arguments: replayed ones must not fill up step by step."""
+    model, data = task(kind)
+    resid = ResidualUpdateModelConfig("auto", [1], mlp=True)
+    config = CircuitConfig(mask_hparams={"mask_unit": unit}, target_layers=sites)
+    probe = CircuitProbe(CircuitProbeConfig("mlp_update_1", config, resid), model)
+    fast, slow, parameters = (
+        Prefix(probe.eval(), data),
+        FullModel(probe, data),
+        list(probe.circuit.site_masks.parameters()),
+    )
+    probe.train()
+    for step in range(3):
+        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(step))[:6]
+        gradients = []
+        for source in (fast, slow):
+            weights = torch.randn(6, 16, generator=torch.Generator().manual_seed(step))
+            gradients.append(torch.autograd.grad((source.vectors(rows) * weights).sum(), parameters))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+        assert any((g != 0).any() for g in gradients[0])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "t5", "opt"])
 def test_the_cached_path_runs_several_blocks_and_streams(kind):
     model, data = task(kind)
@@ -189,9 +224,6 @@ def test_what_is_cached_is_what_should_be():
     assert (mlp._fixed, mlp._selects) == (["transformer.h.1.mlp.c_fc"], "root")
     neox = zoo.make("gpt_neox")
     assert Prefix(circuit_probe(neox, "gpt_neox", "mlp"), task("gpt_neox", model=neox)[1])._selects == "root"
-
-
-PLAN = TrainPlan(epochs=6, batch_size=5, lr=0.05)
 
 
 @pytest.mark.parametrize("rule", ["continuous_sparsification", "hard_concrete", "gumbel_sigmoid"])

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from probing._attention import HeadRows, probed_queries
 from probing._data import ProbeData, take
 from probing._errors import SiteError
 from probing._intervene import Intervention, intervened
 from probing._sites import Site
-from probing._tensors import first_tensor, hidden_states, map_tensors, with_hidden
+from probing._tensors import copied_arguments, first_tensor, hidden_states, map_tensors, with_hidden
 
 if TYPE_CHECKING:
     from probing._probes import _Probe
@@ -122,6 +121,9 @@ class Prefix:
         readout = self.probe.readout
         layout = next(entry for entry in self.probe.wrapped_model.layouts if entry.index == readout.layer)
         source = {"attn_update": layout.sources[0], "mlp_update": layout.sources[1]}.get(readout.kind)
+        if source and any(source.startswith(f"{site.path}.") for site in self._sites):
+            # A mask on the module around it: its output, not the inner one's, is what is added to the stream.
+            source = layout.attn if readout.kind == "attn_update" else layout.mlp
         stack = layout.path.rpartition(".")[0] + "."
         paths = [*(site.path for site in self._sites), source or layout.path]
         for path in paths:
@@ -152,8 +154,7 @@ class Prefix:
 
         def remember(path: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                kept = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-                calls[path] = map_tensors((args, kept), torch.clone)
+                calls[path] = copied_arguments(args, kwargs)
                 if path == self._chain[-1]:
                     raise _Stop
 

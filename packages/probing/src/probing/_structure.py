@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from probing._errors import ReadoutError
-from probing._tensors import LINEAR_LIKE, first_tensor, hidden_states, map_tensors, model_device
+from probing._tensors import LINEAR_LIKE, copied_arguments, first_tensor, hidden_states, map_tensors, model_device
 
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _CROSS = re.compile(r"enc_?dec_?att|cross_?att|encoder_attn|crossattention", re.IGNORECASE)
@@ -150,9 +149,7 @@ def _block_arguments(
 
     def remember(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # The block runs a second time on these: without the key-value cache that the first run has filled.
-            kept = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-            seen[index] = map_tensors((args, kept), torch.clone)
+            seen[index] = copied_arguments(args, kwargs)
 
         return hook
 

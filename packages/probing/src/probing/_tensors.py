@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
@@ -54,6 +55,18 @@ def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> tupl
     if first_tensor(args) is not None:
         return replace_first_tensor(args, new), kwargs
     return args, {**kwargs, "hidden_states": new}
+
+
+def copied_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies to call a module with again, any number of times.
+
+    Key-value caches become None, wherever they stand: a filled one would be read, and filled further, by every call.
+    """
+
+    def kept(value: Any) -> Any:
+        return None if isinstance(value, Cache) else map_tensors(value, torch.clone)
+
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
 
 
 def map_tensors(value: Any, change: Any) -> Any:
