@@ -103,10 +103,6 @@ class Masks:
         """Whether both keep the same units of the same sites."""
         return self.sites == other.sites and all(torch.equal(self.keep[p], other.keep[p]) for p in self.keep)
 
-    def with_info(self, **info: Any) -> Masks:
-        """The same masks with more said about them."""
-        return replace(self, info={**self.info, **info})
-
     def _combine(self, other: Masks, operation: Any) -> Masks:
         if self.sites != other.sites:
             odd = sorted(set(self.sites) ^ set(other.sites)) or [

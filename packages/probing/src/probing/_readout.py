@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from probing._configs import ResidualUpdateModelConfig
@@ -251,15 +250,3 @@ def _check_family(claimed: str, model: nn.Module) -> None:
     raise ConfigError(
         f"model_type={claimed!r}, but the model is a {actual!r}; write model_type='auto' (the layout is derived anyway)"
     )
-
-
-def residual_error(cache: Mapping[str, Tensor], layer: int) -> float:
-    """How far ``resid_in + attn_update (+ cross_update) + mlp_update`` misses ``resid_out``, per its largest entry.
-
-    Meaningful for additive blocks; post-norm blocks put a norm between the terms.
-    """
-    terms = [cache[f"resid_in_{layer}"], cache[f"attn_update_{layer}"], cache[f"mlp_update_{layer}"]]
-    if f"cross_update_{layer}" in cache:
-        terms.append(cache[f"cross_update_{layer}"])
-    out = cache[f"resid_out_{layer}"].double()
-    return float((torch.stack([t.double() for t in terms]).sum(0) - out).abs().max() / out.abs().max())
