@@ -21,13 +21,19 @@ from pathlib import Path
 
 from _setup import articles, assets, pythia_14m
 
+_MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+if done.returncode:
+    sys.exit(done.stderr[-2000:].decode())
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
 
 def measure(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak resident gigabytes of a command and its children."""
     began = time.perf_counter()
-    code = "import resource, subprocess, sys\nr = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)\n"
-    code += "sys.stderr.buffer.write(r.stderr[-2000:] if r.returncode else b'')\nprint(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\nsys.exit(r.returncode)"
-    done = subprocess.run([sys.executable, "-c", code, *command], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, "-c", _MEASURE, *command], stdout=subprocess.PIPE, check=True)
     return time.perf_counter() - began, int(done.stdout) / 1e6
 
 

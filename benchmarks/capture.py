@@ -27,9 +27,10 @@ def main() -> None:
 
     import numpy as np
     import torch
+    from tokenizers import Tokenizer
+
     from attribute.batching import plan_batches
     from gradcore import CapturePlan, GradientCollector, TwoSided, per_example_loss
-    from tokenizers import Tokenizer
 
     if options.threads:
         torch.set_num_threads(options.threads)

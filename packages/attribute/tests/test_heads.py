@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from attribute import Asker, Attributor, IndexConfig, QueryConfig, RunError, collect_gradients
 from gradcore import AttentionConfig
 

@@ -165,6 +165,9 @@ def _announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> No
     )
     if left_out := _left_out(report.left_out, outside):
         progress.note(f"not captured: {left_out}")
+    tied = {name for name, module in model.base.named_modules() if getattr(module, "weight", None) is head.weight}
+    if tied & {module.path for module in plan.modules}:
+        progress.note("the embedding is tied to the output: its gradient is that of the input side")
     if not model.fused:
         progress.note("the output head rescales its logits, so the model's own (slower) logits are used")
 

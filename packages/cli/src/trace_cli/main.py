@@ -10,7 +10,8 @@ import click
 from trace_cli._lazy import LazyGroup
 from trace_cli._replay import replay
 
-# Command → (module, or module:object where that is not called command; one line of help). Modules are imported only when their command runs, so help is instant.
+# Command → (module, or module:object where the object is not called command; one line of help). A module is imported
+# only when its command runs, so that help is instant.
 _COMMANDS = {
     "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
