@@ -46,6 +46,17 @@ def test_initialisation_ties_the_decoder_and_centres_the_biases():
     assert_close(transcoder.encoder(x.mean(0)), torch.zeros(512), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+def test_the_encoder_starts_at_the_scale_that_explains_most(activation):
+    sae = Sae(16, SaeConfig(k=4, activation=activation))
+    x = 30 * torch.randn(300, 16) + 5
+    sae.initialise(x, x)
+    best, weight = sae(x).fvu.item(), sae.encoder.weight.detach().clone()
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        sae.encoder.weight.data = weight * factor
+        assert sae(x).fvu.item() > best
+
+
 def test_jumprelu_starts_with_four_k_active():
     sae = Sae(16, SaeConfig(k=8, activation="jumprelu"))
     x = torch.randn(400, 16)

@@ -303,16 +303,16 @@ class SparseCoder(nn.Module):
     def initialise(self, x: Tensor, y: Tensor) -> None:
         """Fit what a first batch can tell: x is (N, D), y (N, Do).
 
-        Outputs start at the mean of y, transcoders read inputs around x's mean, and an autoencoder's encoder is scaled
-        by the one factor that minimises the FVU (Gao et al. 2024, A.1, with the batch in place of unit vectors): the
-        activations start at the data's scale instead of spending the warm-up growing to it. JumpReLU thresholds start
-        where 4k latents fire.
+        Outputs start at the mean of y, and transcoders read inputs around x's mean. The encoder of an autoencoder that
+        keeps a fixed number of latents is scaled by the one factor that minimises the FVU (Gao et al. 2024, A.1, with
+        the batch in place of unit vectors): activations start at the data's scale instead of spending the warm-up
+        growing to it. JumpReLU thresholds start where 4k latents fire.
         """
         x, y = self._flat(x), _rows(y).to(self.dtype)
         self.b_dec.copy_(y.mean(0))
         if self.cfg.transcode:
             self.encoder.bias.copy_(-(self.encoder.weight @ x.mean(0)))
-        elif not self.cfg.tied:
+        elif self.cfg.activation in ("topk", "groupmax", "batchtopk") and not self.cfg.tied:
             self._fit_scale(x)
         if self.cfg.activation == "jumprelu":
             sample = x[:: max(1, x.shape[0] // 512)]
@@ -323,8 +323,8 @@ class SparseCoder(nn.Module):
             self.bandwidth.fill_(float(start) / 2)
 
     def _fit_scale(self, x: Tensor) -> None:
-        rules = [TopK(self.cfg.k)]
-        products = chosen_products(x, self.encoder.weight, self.encoder.bias, self.b_dec, rules)
+        rule = GroupMax(self.cfg.k) if self.cfg.activation == "groupmax" else TopK(self.cfg.k)
+        products = chosen_products(x, self.encoder.weight, self.encoder.bias, self.b_dec, [rule])
         guess = decode(products.values.relu(), products.routes, self._decoder())
         # argmin_α ‖(x − b) − α guess‖²; products are linear in the weights, and the top k does not depend on α > 0.
         scale = ((x - self.b_dec) * guess).sum() / guess.square().sum()
