@@ -17,7 +17,7 @@ _COMMANDS = {
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
     "probe": ("probing.cli:probe", "Find the subnetwork that computes a variable."),
     "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),
-    "sae": ("sparsify.cli:sae", "Train sparse autoencoders and transcoders."),
+    "sae": ("sparsify.cli:sae", "Train, evaluate, convert and push sparse autoencoders and transcoders."),
     "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
 }
 # Errors meant for people, by the package that raises them. Looked up in what is loaded already: importing the
@@ -56,8 +56,9 @@ def cli(context: click.Context, config: str | None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit: 0 done, 1 an error with its explanation, 2 wrong usage, 130 interrupted."""
-    # A spinning OpenMP barrier costs a factor of ten on a machine that does anything else at the same time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP barriers spin for milliseconds by default, which costs small models a factor of seven to ten on a machine
+    # that does anything else at the same time; a short spin costs them a tenth on a quiet one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         # Outside its standalone mode click returns the code of an Exit instead of raising it.
         code = cli.main(args=arguments, prog_name="trace", standalone_mode=False)

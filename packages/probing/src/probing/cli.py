@@ -62,9 +62,9 @@ def _mask_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--method", default="continuous_sparsification", show_default=True, help="Mask rule."),
             click.option("--l0-lambda", default=1e-6, show_default=True, help="Weight of the sparsity penalty."),
             click.option("--target-sparsity", type=float, help="Prune this share instead of weighing a penalty."),
-            click.option("--epochs", default=90, show_default=True),
-            click.option("--batch-size", default=500, show_default=True),
-            click.option("--lr", default=1e-3, show_default=True),
+            click.option("--epochs", default=90, show_default=True, help="Passes over the training part."),
+            click.option("--batch-size", default=500, show_default=True, help="Rows a step."),
+            click.option("--lr", default=1e-3, show_default=True, help="Learning rate of the masks."),
             click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for masks and report."),
         )
     ):
@@ -75,7 +75,13 @@ def _mask_options(command: Callable[..., None]) -> Callable[..., None]:
 @probe.command("circuit")
 @_task_options
 @_mask_options
-@click.option("--loss", type=click.Choice(["contrastive", "linear"]), default="contrastive", show_default=True)
+@click.option(
+    "--loss",
+    type=click.Choice(["contrastive", "linear"]),
+    default="contrastive",
+    show_default=True,
+    help="What makes readouts of one label alike: their distances, or a linear readout.",
+)
 def circuit(model: str, data: str, **options: Any) -> None:
     """Train a circuit probe: masks under which a readout clusters by the variable.
 
@@ -145,7 +151,7 @@ def subnetwork(model: str, data: str, **options: Any) -> None:
 @_task_options
 @click.option("--readout", required=True, metavar="KEY", help="attn_update_3, mlp_stream_5, resid_mid_0, …")
 @click.option("--hidden", type=int, help="Width of an MLP probe; linear without.")
-@click.option("--epochs", default=100, show_default=True)
+@click.option("--epochs", default=100, show_default=True, help="Passes over the training part.")
 def linear(model: str, data: str, **options: Any) -> None:
     """Train an ordinary probe on a readout, beside a control task and LEACE erasure.
 
