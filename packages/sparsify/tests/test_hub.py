@@ -7,6 +7,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from small import Tiny, token_rows
@@ -107,7 +108,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
+    # Other members' tests switch the client off; the stand-in is on this very machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     handler = type("Handler", (Hub,), {"repos": {}, "commits": []})
     server = ThreadingHTTPServer(("localhost", 0), handler)
     server.url = f"http://localhost:{server.server_port}"

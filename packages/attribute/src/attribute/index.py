@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from attribute.engine import RowBlock, run_pass
 from attribute.model import LanguageModel, load_model, load_tokenizer
 from attribute.progress import Progress, Quiet
 from attribute.run import (
+    RECORDS,
     is_begun,
     refuse_finished,
     remove_run,
@@ -97,11 +99,11 @@ def collect_gradients(
     _announce(language_model, plan, progress)
 
     with scratch_beside(path) as scratch:
-        tokens, records = _tokenise(scratch, source, tokenizer, config, language_model, progress)
+        tokens = _tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
-            writer.write_data(records())
+            writer.write_data(_records(scratch))
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
 
@@ -122,24 +124,25 @@ def source_of(data: Any, name: str = "data") -> Source:
 
 def _tokenise(
     scratch: Path, source: Source, tokenizer: Any, config: IndexConfig, model: LanguageModel, progress: Progress
-) -> tuple[TokenFile, Any]:
+) -> TokenFile:
+    """Token ids of all rows, and beside them in the scratch folder the records that hits will show."""
     if tokenizer is None and "input_ids" not in source.columns:
         raise DataError("data without a column input_ids needs a tokenizer")
-
-    def rows() -> Iterator[Row]:
-        return rows_of(source, tokenizer, config.data, model.context)
 
     without_loss = 0
 
     def counted(found: Iterable[Row]) -> Iterator[Row]:
         nonlocal without_loss
-        for row in found:
-            without_loss += not row.labelled.any()
-            yield row
-            progress.advance(1)
+        with (scratch / RECORDS).open("w", encoding="utf-8") as records:
+            for row in found:
+                without_loss += not row.labelled.any()
+                records.write(json.dumps(row.record) + "\n")
+                yield row
+                progress.advance(1)
 
     progress.start("tokenise", source.length if not config.data.chunk_length else None, "rows")
-    tokens = TokenFileWriter(scratch, model.vocabulary).write(counted(rows()))
+    rows = rows_of(source, tokenizer, config.data, model.context)
+    tokens = TokenFileWriter(scratch, model.vocabulary).write(counted(rows))
     progress.stop()
     if not len(tokens):
         raise DataError(f"{source.name} has no rows")
@@ -150,7 +153,12 @@ def _tokenise(
         )
     if without_loss:
         progress.note(f"{without_loss} of {len(tokens)} rows have no token with a loss: kept, with zero gradient")
-    return tokens, lambda: (row.record for row in rows())
+    return tokens
+
+
+def _records(scratch: Path) -> Iterator[dict[str, Any]]:
+    with (scratch / RECORDS).open(encoding="utf-8") as records:
+        yield from map(json.loads, records)
 
 
 def _announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> None:

@@ -14,11 +14,12 @@ from attribute.config import IndexConfig
 from gradstore import GradientStore
 
 _MANIFEST, _CONFIG, _REPORT = "manifest.json", "config.yaml", "report.html"
+RECORDS = "records.jsonl"
 # A writer that dies before its manifest is there leaves these.
 _UNBORN = {"writer.lock", "journal.jsonl", "shards", "data"}
 # All that trace puts into a run folder; anything else is somebody's, and never deleted.
 _OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT}
-_TOKENS = {"ids.bin", "labelled.bin", "offsets.bin", "tokens.json", "lock"}
+_TOKENS = {RECORDS, "ids.bin", "labelled.bin", "offsets.bin", "tokens.json", "lock"}
 # Where things come from, not what they are: a folder may move while a run rests. What they hold is compared by hash.
 _PROVENANCE = {"model", "tokenizer", "revision", "device", "dataset", "subset", "split", "data_args"}
 
