@@ -142,7 +142,10 @@ def _tokenise(
 
     progress.start("tokenise", source.length if not config.data.chunk_length else None, "rows")
     rows = rows_of(source, tokenizer, config.data, model.context)
-    tokens = TokenFileWriter(scratch, model.vocabulary).write(counted(rows))
+    try:
+        tokens = TokenFileWriter(scratch, model.vocabulary).write(counted(rows))
+    except OSError as error:
+        raise DataError(f"{scratch}: the tokens cannot be written ({error.strerror or error})") from error
     progress.stop()
     if not len(tokens):
         raise DataError(f"{source.name} has no rows")
