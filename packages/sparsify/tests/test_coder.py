@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import sparsify
+import sparsify.activations
 from sparsify import ConfigError, Sae, SaeConfig, SparseCoder
+from sparsify._config import ACTIVATIONS
+from sparsify.activations import activation_named
 
 
 def test_the_encode_loop_of_the_readme():
@@ -84,8 +88,9 @@ def test_batchtopk_learns_the_threshold_it_needs_outside_a_batch():
         sae.eval().encode(x)
     batch = sae.train().encode(x)
     assert (batch.top_acts > 0).sum() == 4 * 200
-    smallest = batch.top_acts[batch.top_acts > 0].min()
-    sae.learn_threshold(smallest * (1 - 1e-6))
+    sae.activation.observe(sae, torch.zeros(3, 4))  # a batch that kept nothing teaches nothing
+    assert sae.threshold == -1
+    sae.activation.observe(sae, batch.top_acts * (1 - 1e-6))
     alone = sae.eval().encode(x)
     assert (alone.top_acts > 0).sum() == 4 * 200
 
@@ -134,3 +139,10 @@ def test_public_names():
 def test_importing_costs_no_torch():
     code = "import sys, sparsify; sparsify.SaeConfig(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_activation_is_a_file_of_its_name():
+    folder = Path(sparsify.activations.__file__).parent
+    assert {path.stem for path in folder.glob("[!_]*.py")} == set(ACTIVATIONS)
+    for name in ACTIVATIONS:
+        assert isinstance(activation_named(name), sparsify.activations.Activation)

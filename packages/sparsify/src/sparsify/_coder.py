@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify import _activations as activations
 from sparsify._config import SaeConfig
 from sparsify._errors import ConfigError, DataError
-from sparsify._select import Above, Among, BatchTopK, GroupMax, Rule, TopK
+from sparsify._select import Among, Rule
 from sparsify._sparse import Routes, chosen_products, decode, products_of
+from sparsify.activations import activation_named
 
 
 class EncoderOutput(NamedTuple):
@@ -69,8 +69,12 @@ class SparseCoder(nn.Module):
         decoder: bool = True,
     ) -> None:
         super().__init__()
+        # Made by the activations that need them.
         self.threshold: Tensor
         self.bandwidth: Tensor
+        self.r_mag: Tensor
+        self.b_mag: Tensor
+        self.activation = activation_named(cfg.activation)
         self.cfg, self.d_in, self.d_out = cfg, d_in, d_in if d_out is None else d_out
         self.num_latents = cfg.latents(d_in)
         if self.d_out != d_in and not cfg.transcode:
@@ -81,15 +85,7 @@ class SparseCoder(nn.Module):
         self.W_dec = self._new_decoder() if decoder else None
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **made))
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, **made)) if cfg.skip_connection else None
-        if cfg.activation == "batchtopk":
-            # −1: not yet learned. Kept in fp32 because it is a running mean.
-            self.register_buffer("threshold", torch.tensor(-1.0, device=device))
-        elif cfg.activation == "jumprelu":
-            self.threshold = nn.Parameter(torch.full((self.num_latents,), 0.01, **made))
-            self.register_buffer("bandwidth", torch.tensor(0.05, device=device))
-        elif cfg.activation == "gated":
-            self.r_mag = nn.Parameter(torch.zeros(self.num_latents, **made))
-            self.b_mag = nn.Parameter(torch.zeros(self.num_latents, **made))
+        self.activation.add_parameters(self, made)
 
     def _new_decoder(self) -> nn.Parameter:
         weight = self.encoder.weight
@@ -124,7 +120,7 @@ class SparseCoder(nn.Module):
         """The active latents of x, (..., D). ``pre_acts=True`` adds all M pre-activations, after the ReLU."""
         flat, shape = self._flat(x), x.shape[:-1]
         products = chosen_products(flat, self.encoder.weight, self.encoder.bias, self.centre, [self._rule()])
-        acts = self._activate(products.values, products.routes)
+        acts = self.activation.values(self, products.values, products.routes)
         every = None
         if pre_acts:
             centred = flat if self.centre is None else flat - self.centre
@@ -137,7 +133,7 @@ class SparseCoder(nn.Module):
         routes = Routes(_rows(top_indices), None, self.num_latents)
         if top_acts.is_inference() and not torch.is_inference_mode_enabled():
             top_acts = top_acts.clone()  # autograd cannot save tensors made under inference_mode
-        y = decode(_rows(top_acts).to(self.dtype), routes, self._decoder())
+        y = decode(_rows(top_acts).to(self.dtype), routes, self.decoder_rows())
         return _shaped(y + self.b_dec, shape)
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -184,12 +180,12 @@ class SparseCoder(nn.Module):
         auxk = zero
         if k_aux:
             aux, aux_routes = _columns(values, routes, slice(widths[0], None))
-            guess = decode(aux.relu(), aux_routes, self._decoder())
+            guess = decode(aux.relu(), aux_routes, self.decoder_rows())
             # Gao et al. 2024, A.2; fewer dead latents than k_aux count for proportionally less.
             scale = min(dead.numel() / (self.d_out // 2), 1.0)
             auxk = scale * (guess - (target - out).detach()).square().sum() / total_variance
         nested = self._nested(acts, main_routes, base, target, total_variance) if self.cfg.matryoshka else zero
-        sparsity = self._sparsity(main, main_routes, k, target, total_variance)
+        sparsity = self.activation.loss(self, main, main_routes, k, target, total_variance)
         active, indices = acts[:, :k] if multi is not None else acts, main_routes.indices
         indices = indices[:, :k] if multi is not None else indices
         return ForwardOutput(
@@ -200,20 +196,20 @@ class SparseCoder(nn.Module):
             auxk,
             zero if multi is None else multi,
             nested,
-            sparsity,
+            zero if sparsity is None else sparsity,
         )
 
     def _reconstruction(
         self, products: Tensor, routes: Routes, base: Tensor, k: int, target: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        acts = self._activate(products, routes)
+        acts = self.activation.values(self, products, routes)
         if not self.cfg.multi_topk:
-            return acts, decode(acts, routes, self._decoder()) + base, None
+            return acts, decode(acts, routes, self.decoder_rows()) + base, None
         # The 4k entries are in order, so the first k are the code and the rest only refine it.
         first, first_routes = _columns(acts, routes, slice(0, k))
         rest, rest_routes = _columns(acts, routes, slice(k, None))
-        out = decode(first, first_routes, self._decoder()) + base
-        wide = out + decode(rest, rest_routes, self._decoder())
+        out = decode(first, first_routes, self.decoder_rows()) + base
+        wide = out + decode(rest, rest_routes, self.decoder_rows())
         return acts, out, (target - wide).square().sum() / variance
 
     def _nested(self, acts: Tensor, routes: Routes, base: Tensor, target: Tensor, variance: Tensor) -> Tensor:
@@ -222,64 +218,15 @@ class SparseCoder(nn.Module):
             inside = (routes.indices >= begin) & (routes.indices < end)
             inside = inside if routes.valid is None else inside & routes.valid
             ring = Routes(routes.indices, inside, self.num_latents)
-            out = out + decode(acts.masked_fill(~inside, 0.0), ring, self._decoder())
+            out = out + decode(acts.masked_fill(~inside, 0.0), ring, self.decoder_rows())
             total = total + (target - out).square().sum() / variance
             begin = end
         return total
 
-    def _sparsity(self, products: Tensor, routes: Routes, k: int, target: Tensor, variance: Tensor) -> Tensor:
-        if self.cfg.activation == "jumprelu":
-            theta = self._per_entry(self.threshold, routes)
-            steps = routes.masked(activations.step(products, theta, self.bandwidth))
-            return (steps.sum() / (max(products.shape[0], 1) * k) - 1).square()
-        if self.cfg.activation == "gated":
-            gate, decoder = products.relu(), self._decoder().detach()
-            guess = decode(gate, routes, decoder) + self.b_dec.detach()
-            scale = (variance / max(products.shape[0], 1)).sqrt()
-            lengths = self._per_entry(decoder.norm(dim=1), routes)
-            l1 = (gate * lengths).sum() / (max(products.shape[0], 1) * scale * k**0.5)
-            return l1 + (target - guess).square().sum() / variance
-        return products.new_zeros(())
-
-    # ------------------------------------------------------------------ the activation
+    # ------------------------------------------------------------------ parts
 
     def _rule(self, k: int | None = None) -> Rule:
-        k = self.cfg.k if k is None else k
-        match self.cfg.activation:
-            case "topk":
-                if self.training and self.cfg.multi_topk and torch.is_grad_enabled():
-                    return TopK(min(4 * k, self.num_latents), in_order=True)
-                return TopK(k)
-            case "groupmax":
-                return GroupMax(k)
-            case "batchtopk":
-                if self.training:
-                    return BatchTopK(k, self.num_latents)
-                if float(self.threshold) < 0:
-                    raise ConfigError(
-                        "this batchtopk coder has no learned threshold yet, so tokens cannot be encoded one by one: "
-                        "train it, or call .train() to select within the batch"
-                    )
-                return Above(self.threshold.to(self.dtype))
-            case "jumprelu":
-                # While training, the straight-through window reaches half a bandwidth below the threshold.
-                reach = self.bandwidth.to(self.dtype) / 2 if self.training else 0.0
-                return Above(self.threshold.detach() - reach)
-            case "gated":
-                return Above(self.encoder.bias.new_zeros(()))
-
-    def _activate(self, products: Tensor, routes: Routes) -> Tensor:
-        if self.cfg.activation == "jumprelu":
-            theta = self._per_entry(self.threshold, routes)
-            return routes.masked(activations.jump_relu(products, theta, self.bandwidth))
-        if self.cfg.activation == "gated":
-            shared = products - self._per_entry(self.encoder.bias, routes)
-            scale, shift = self._per_entry(self.r_mag.exp(), routes), self._per_entry(self.b_mag, routes)
-            return routes.masked((scale * shared + shift).relu())
-        return products.relu()
-
-    def _per_entry(self, values: Tensor, routes: Routes) -> Tensor:
-        return values.index_select(0, routes.indices.flatten()).view(routes.indices.shape)
+        return self.activation.rule(self, self.cfg.k if k is None else k)
 
     def _dead(self, mask: Tensor | None) -> tuple[Tensor, int]:
         if mask is None:
@@ -292,7 +239,8 @@ class SparseCoder(nn.Module):
             raise DataError(f"expected vectors of width {self.d_in}, found a tensor of shape {tuple(x.shape)}")
         return _rows(x).to(self.dtype)
 
-    def _decoder(self) -> Tensor:
+    def decoder_rows(self) -> Tensor:
+        """``W_dec`` (M, Do), where this coder has one."""
         if self.W_dec is None:
             raise ConfigError("this coder was loaded with decoder=False, so it can only encode")
         return self.W_dec
@@ -312,20 +260,13 @@ class SparseCoder(nn.Module):
         self.b_dec.copy_(y.mean(0))
         if self.cfg.transcode:
             self.encoder.bias.copy_(-(self.encoder.weight @ x.mean(0)))
-        elif self.cfg.activation in ("topk", "groupmax", "batchtopk") and not self.cfg.tied:
+        elif self.activation.scale_free and not self.cfg.tied:
             self._fit_scale(x)
-        if self.cfg.activation == "jumprelu":
-            sample = x[:: max(1, x.shape[0] // 512)]
-            centred = sample if self.centre is None else sample - self.centre
-            pre = products_of(centred, self.encoder.weight, self.encoder.bias)
-            start = pre.topk(min(4 * self.cfg.k, self.num_latents), dim=-1).values[:, -1].mean().clamp_min(1e-4)
-            self.threshold.fill_(float(start))
-            self.bandwidth.fill_(float(start) / 2)
+        self.activation.initialise(self, x)
 
     def _fit_scale(self, x: Tensor) -> None:
-        rule = GroupMax(self.cfg.k) if self.cfg.activation == "groupmax" else TopK(self.cfg.k)
-        products = chosen_products(x, self.encoder.weight, self.encoder.bias, self.b_dec, [rule])
-        guess = decode(products.values.relu(), products.routes, self._decoder())
+        products = chosen_products(x, self.encoder.weight, self.encoder.bias, self.b_dec, [self._rule()])
+        guess = decode(products.values.relu(), products.routes, self.decoder_rows())
         # argmin_α ‖(x − b) − α guess‖²; products are linear in the weights, and the top k does not depend on α > 0.
         scale = ((x - self.b_dec) * guess).sum() / guess.square().sum()
         if scale > 0:
@@ -336,28 +277,21 @@ class SparseCoder(nn.Module):
         """Project back onto the constraints: unit decoder rows, thresholds not below zero."""
         if self.W_dec is not None and (self.cfg.tied or (self.cfg.normalize_decoder and not self.cfg.transcode)):
             self.set_decoder_norm_to_unit_norm()
-        if self.cfg.activation == "jumprelu":
-            self.threshold.clamp_(min=0.0)
+        self.activation.after_step(self)
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self) -> None:
         """Divide each decoder row by its length; rows of zeros stay."""
-        weight = self._decoder()
+        weight = self.decoder_rows()
         tiny = torch.finfo(weight.dtype).tiny
         weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(tiny))
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self) -> None:
         """Make each decoder row's gradient orthogonal to the row."""
-        weight = self._decoder()
+        weight = self.decoder_rows()
         if weight.grad is not None:
             weight.grad.addcmul_(torch.linalg.vecdot(weight.grad, weight)[:, None], weight, value=-1)
-
-    @torch.no_grad()
-    def learn_threshold(self, smallest: Tensor, rate: float = 0.01) -> None:
-        """BatchTopK: move the inference threshold towards the smallest activation a batch kept."""
-        first = self.threshold < 0
-        self.threshold.copy_(torch.where(first, smallest, self.threshold + rate * (smallest - self.threshold)))
 
     def tie(self) -> None:
         """Make the decoder's rows the encoder's own again, after something has moved or replaced them."""

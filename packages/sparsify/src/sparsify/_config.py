@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparsify._errors import ConfigError, check_choice
+from sparsify._loggers import TRACKERS
 
 Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu", "gated"]
-ACTIVATIONS = ("topk", "groupmax", "batchtopk", "jumprelu", "gated")
+ACTIVATIONS = get_args(Activation)
 LOSSES = ("fvu", "ce", "kl")
 OPTIMIZERS = ("adam", "signum", "muon")
 
@@ -138,19 +139,23 @@ class TrainConfig:
     """Folder or Hub repository of coders to start from."""
     log_every: int = 10
     """Steps over which logged metrics are averaged."""
+    log_to: tuple[str, ...] = ()
+    """Also log to these: tensorboard, trackio, wandb (each needs the package of its name)."""
     log_to_wandb: bool = False
-    """Also log to Weights & Biases (needs the wandb package)."""
+    """The same as --log_to wandb."""
     run_name: str | None = None
     """Folder of this run under save_dir."""
     save_dir: str = "checkpoints"
     """Where run folders are made."""
 
     def __post_init__(self) -> None:
-        for name in ("exclude_tokens", "hookpoints", "init_seeds", "layers"):
+        for name in ("exclude_tokens", "hookpoints", "init_seeds", "layers", "log_to"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
         check_choice("loss_fn", self.loss_fn, LOSSES)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for tracker in self.log_to:
+            check_choice("log_to", tracker, TRACKERS)
         for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "buffer_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -178,6 +183,11 @@ class TrainConfig:
                 f"loss_fn={self.loss_fn!r} needs whole sequences and one coder per hookpoint: "
                 "drop buffer_batches, max_norm_ratio and extra init_seeds"
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Every tracker asked for, each once."""
+        return tuple(dict.fromkeys([*self.log_to, *(["wandb"] if self.log_to_wandb else [])]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from sparsify import _checkpoint, _hooks
 from sparsify._coder import ForwardOutput, SparseCoder
 from sparsify._config import TrainConfig
-from sparsify._errors import CheckpointError, ConfigError, DataError, FormatError
-from sparsify._files import load_many, save_coder, write_json
+from sparsify._errors import CheckpointError, ConfigError, DataError
+from sparsify._files import save_coder, write_json
+from sparsify._loggers import TRACKERS, JsonLines, Logger
+from sparsify._meters import Meters
 from sparsify._optim import make_optimiser
 from sparsify._parallel import Processes
-from sparsify._progress import JsonLines, Logger, Terminal, WandbLogger
+from sparsify._progress import Terminal
 from sparsify._source import OnTheFly, Pair, Source
+from sparsify._start import fresh_coder, start_from
 
 # Fields that say where and how often things are written, not what is learned: a resumed run may change them.
-_FREE = ("save_dir", "run_name", "save_every", "save_best", "log_every", "log_to_wandb", "finetune")
+_FREE = ("save_dir", "run_name", "save_every", "save_best", "log_every", "log_to", "log_to_wandb", "finetune")
 
 
 class Trainer:
@@ -65,7 +68,7 @@ class Trainer:
             d_in, d_out = self.source.widths[hook]
             for seed in cfg.init_seeds:
                 name = f"{hook}/seed{seed}" if len(cfg.init_seeds) > 1 else hook
-                self.saes[name] = _fresh(cfg, d_in, d_out, seed).to(self.device)
+                self.saes[name] = fresh_coder(cfg, d_in, d_out, seed).to(self.device)
         for coder in self.saes.values():
             if cfg.sae.tied:
                 coder.tie()
@@ -80,10 +83,9 @@ class Trainer:
             name: torch.zeros(c.num_latents, dtype=torch.long, device=self.device) for name, c in self.saes.items()
         }
         self.best = dict.fromkeys(self.saes, math.inf)
-        self.metrics: dict[str, Tensor] = {}
-        self._since_save: dict[str, Tensor] = {}
+        self.meters = Meters()
         if cfg.finetune:
-            self._start_from(cfg.finetune)
+            start_from(cfg.finetune, self.saes)
 
     def _on_the_fly(self, dataset: Any) -> Source:
         if self.model is None or dataset is None:
@@ -115,8 +117,8 @@ class Trainer:
             write_json(self.folder / "config.json", {**self.cfg.to_dict(), **self.recipe})
         sinks: list[Logger] = [*self.loggers]
         if self.processes.first:
-            if self.cfg.log_to_wandb:
-                sinks.append(WandbLogger(self.cfg.run_name, self.cfg.to_dict()))
+            for tracker in self.cfg.trackers:
+                sinks.append(TRACKERS[tracker](self.folder, self.cfg.run_name, self.cfg.to_dict()))
             sinks.append(JsonLines(self.folder / "metrics.jsonl", self.global_step))
         terminal = Terminal(self.total_steps, self.global_step, shown=self.processes.first)
         sinks.append(terminal)
@@ -199,20 +201,18 @@ class Trainer:
         cfg = self.cfg
         loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
         share = 1 / cfg.grad_acc_steps
-        if cfg.sae.activation in ("jumprelu", "gated"):
+        if out.sparsity_loss.requires_grad:
             loss = loss + cfg.sparsity_coefficient * out.sparsity_loss / (cfg.micro_acc_steps * self._replicas)
         (loss * share).backward()
         active = out.latent_acts.detach() > 0
         fired[name].scatter_add_(0, out.latent_indices.flatten(), active.flatten().int())
         tokens[place] += count
-        self._add(f"fvu/{name}", out.fvu.detach() * share)
-        self._add(f"l0_sum/{name}", active.sum())
+        self.meters.add(f"fvu/{name}", out.fvu.detach() * share)
+        self.meters.add(f"l0_sum/{name}", active.sum())
         for key, value in (("auxk", out.auxk_loss), ("multi_topk_fvu", out.multi_topk_fvu), ("nested", out.nested_fvu)):
             if value.requires_grad:
-                self._add(f"{key}/{name}", value.detach() * share)
-        if cfg.sae.activation == "batchtopk":
-            kept = out.latent_acts.detach()
-            coder.learn_threshold(torch.where(kept > 0, kept, torch.inf).min())
+                self.meters.add(f"{key}/{name}", value.detach() * share)
+        coder.activation.observe(coder, out.latent_acts.detach())
 
     def _end_to_end_loss(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
         from sparsify._end_to_end import spliced_loss
@@ -230,11 +230,11 @@ class Trainer:
                 f"batch {index}: the {self.cfg.loss_fn} loss is {float(loss.detach())}; lower the learning rate"
             )
         (loss / (self.cfg.grad_acc_steps * self._replicas)).backward()
-        self._add(self.cfg.loss_fn, loss.detach() / (self.cfg.grad_acc_steps * self._replicas))
+        self.meters.add(self.cfg.loss_fn, loss.detach() / (self.cfg.grad_acc_steps * self._replicas))
         for place, (name, (acts, indices)) in enumerate(codes.items()):
             fired[name].scatter_add_(0, indices.flatten(), (acts > 0).flatten().int())
             tokens[place] += acts.shape[:-1].numel()
-            self._add(f"l0_sum/{name}", (acts > 0).sum())
+            self.meters.add(f"l0_sum/{name}", (acts > 0).sum())
 
     def _update(self, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
         if self._replicas > 1:
@@ -246,8 +246,8 @@ class Trainer:
             since = self.tokens_since_fired[name]
             since += tokens[place]
             since.masked_fill_(fired[name] > 0, 0)
-            self._add(f"tokens/{name}", tokens[place])
-        self._add("steps", torch.ones((), device=self.device))
+            self.meters.add(f"tokens/{name}", tokens[place])
+        self.meters.add("steps", torch.ones((), device=self.device))
 
     # ------------------------------------------------------------------ parts of a step
 
@@ -305,37 +305,14 @@ class Trainer:
             return None
         return self.tokens_since_fired[name] > self.cfg.dead_feature_threshold
 
-    # ------------------------------------------------------------------ averages
-
-    def _add(self, key: str, value: Tensor) -> None:
-        value = value.double() if value.device.type != "mps" else value.float()
-        self.metrics[key] = self.metrics[key] + value if key in self.metrics else value
-        if key.startswith("fvu/") or key == "steps":
-            self._since_save[key] = self._since_save.get(key, torch.zeros_like(value)) + value
-
     def _averages(self) -> dict[str, float]:
         """Means over the interval since the last call."""
-        sums = {key: value.clone() for key, value in self.metrics.items()}
-        local = [v for key, v in sums.items() if key != "steps" and not key.startswith("tokens/")]
-        if self._replicas > 1:
-            self.processes.sum_(*local)
-        steps = float(sums.pop("steps"))
-        averages: dict[str, float] = {}
-        for key, value in sums.items():
-            kind, _, name = key.partition("/")
-            if kind == "l0_sum":
-                averages[f"l0/{name}"] = float(value) / max(float(sums[f"tokens/{name}"]), 1.0)
-            elif kind == "tokens":
-                averages[key] = float(value)
-            else:
-                averages[key] = float(value) / steps
+        averages = self.meters.averages(self.processes if self._replicas > 1 else None)
         for name, since in self.tokens_since_fired.items():
-            # A latent silent for the whole run so far counts as dead too, though AuxK waits for the threshold.
-            seen = self.cfg.dead_feature_threshold
-            averages[f"dead/{name}"] = float((since > seen).double().mean())
+            # A latent silent for the whole interval counts as silent, one past AuxK's threshold as dead.
+            averages[f"dead/{name}"] = float((since > self.cfg.dead_feature_threshold).double().mean())
             averages[f"silent/{name}"] = float((since >= averages[f"tokens/{name}"]).double().mean())
         averages["k"] = float(self.get_current_k())
-        self.metrics.clear()
         return self.processes.merge(averages) if self.cfg.distribute_modules else averages
 
     # ------------------------------------------------------------------ files
@@ -351,7 +328,7 @@ class Trainer:
                     save_coder(published, self.folder / name)
                     if self.cfg.save_best and self._improved(name):
                         save_coder(published, self.folder / "best" / name)
-        self._since_save.clear()
+        self.meters.saved()
         _checkpoint.write_state(self.folder, self.global_step, self.state_dict(), self.processes)
 
     def _published(self, coder: SparseCoder) -> SparseCoder:
@@ -364,9 +341,7 @@ class Trainer:
         return twin
 
     def _improved(self, name: str) -> bool:
-        if f"fvu/{name}" not in self._since_save:
-            return False
-        mean = float(self._since_save[f"fvu/{name}"] / self._since_save["steps"])
+        mean = self.meters.mean_since_save(f"fvu/{name}")
         better = mean < self.best[name]
         self.best[name] = min(mean, self.best[name])
         return better
@@ -382,7 +357,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
             "best": self.best,
-            "metrics": self.metrics,
+            "metrics": self.meters.interval,
         }
 
     def load_state(self, path: str | Path | None = None) -> None:
@@ -404,43 +379,11 @@ class Trainer:
             coder.load_state_dict(state["coders"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.tokens_since_fired = state["tokens_since_fired"]
-        self.best, self.metrics = state["best"], state["metrics"]
-
-    def _start_from(self, where: str) -> None:
-        found = load_many(where, Path(where).is_dir(), list(self.saes), self.device, True)
-        for name, coder in found.items():
-            mine = self.saes[name]
-            expected = {key: tuple(value.shape) for key, value in mine.state_dict().items()}
-            given = {key: tuple(value.shape) for key, value in coder.state_dict().items()}
-            if (
-                expected != given
-                or coder.cfg.activation != mine.cfg.activation
-                or coder.cfg.transcode != mine.cfg.transcode
-            ):
-                raise FormatError(
-                    f"finetune={where!r}: {name} is a {_shape_of(coder)}, this run trains a {_shape_of(mine)}: "
-                    "set --num_latents, --activation, --transcode and --skip_connection as they were"
-                )
-            mine.load_state_dict(coder.state_dict())
-
-
-def _fresh(cfg: TrainConfig, d_in: int, d_out: int, seed: int) -> SparseCoder:
-    """A new coder whose weights depend on the seed alone, and which leaves the global generator untouched."""
-    if cfg.k_decay_steps and cfg.sae.activation != "topk":
-        raise ConfigError(f"k_decay_steps changes k every step, which {cfg.sae.activation} cannot follow: use topk")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SparseCoder(d_in, cfg.sae, d_out=d_out if cfg.sae.transcode else None)
+        self.best, self.meters.interval = state["best"], state["metrics"]
 
 
 def _described(cfg: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(cfg).items() if name not in _FREE}
-
-
-def _shape_of(coder: SparseCoder) -> str:
-    kind = "transcoder" if coder.cfg.transcode else "autoencoder"
-    skip = " with a skip connection" if coder.cfg.skip_connection else ""
-    return f"{coder.cfg.activation} {kind} {coder.d_in} → {coder.num_latents} → {coder.d_out}{skip}"
 
 
 SaeTrainer = Trainer
