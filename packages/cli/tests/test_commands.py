@@ -70,6 +70,22 @@ def test_a_saved_configuration_runs_from_the_run_itself(trace, index, contents, 
     assert len(GradientStore.open(tmp_path / "run").columns) == 4
 
 
+def test_an_interrupted_build_is_continued_by_its_saved_configuration(
+    trace, build_options, index, contents, tmp_path, monkeypatch
+):
+    import attribute.index
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attribute.index, "run_pass", interrupted)
+        assert trace("build", tmp_path / "run", *build_options, "--overwrite").code == 130
+    assert not GradientStore.open(tmp_path / "run", partial=True).complete
+    assert trace("--config", tmp_path / "run" / "config.yaml").code == 0
+    assert contents(tmp_path / "run") == contents(index)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,7 +5,7 @@ What can be done once a run is: hooks, sketch matrices and the row buffer outliv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from attribute._errors import ModelError
-from attribute.batching import assemble, plan_batches
+from attribute.batching import Batch, assemble, plan_batches
 from attribute.data import TokenFile
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
-from gradcore import CapturePlan, GradientCollector
+from gradcore import IGNORE, CapturePlan, GradientCollector
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class RowBlock:
     gradients: Tensor
     losses: Tensor
     tokens: np.ndarray
+
+
+Measure = Callable[[Batch], RowBlock]
+"""Runs a batch through the model and says what came of it."""
 
 
 class Sink(Protocol):
@@ -76,9 +80,25 @@ def run_pass(
     Raises:
         ModelError: a loss is not finite; the row is named.
     """
+    with GradientCollector(model.base, plan) as collector:
+        measure = capturing(model, collector, plan.reduction)
+        run_windows(model, tokens, windows, sinks, measure, budget=budget, progress=progress)
+
+
+def run_windows(
+    model: LanguageModel,
+    tokens: TokenFile,
+    windows: Iterable[tuple[int, int, int]],
+    sinks: Sequence[Sink],
+    measure: Measure,
+    *,
+    budget: int,
+    progress: Progress | None = None,
+) -> None:
+    """:func:`run_pass` with another measurement than a collector's rows: a batch is the business of ``measure``."""
     progress = progress or Quiet()
     lengths = tokens.lengths
-    with _evaluating(model), GradientCollector(model.base, plan) as collector:
+    with evaluating(model):
         for index, start, stop in windows:
             for sink in sinks:
                 sink.open(index, start, stop)
@@ -86,7 +106,7 @@ def run_pass(
             rows = np.arange(start, stop)
             progress.advance(int(lengths[rows[empty]].sum()))  # zero without a forward pass
             for batch_rows in plan_batches(lengths, rows[~empty], budget):
-                block = _run_batch(model, collector, tokens, batch_rows, plan.reduction)
+                block = measure(assemble(tokens, batch_rows, model.device))
                 for sink in sinks:
                     sink.add(block)
                 progress.advance(int(lengths[batch_rows].sum()))
@@ -94,24 +114,40 @@ def run_pass(
                 sink.close()
 
 
-def _run_batch(
-    model: LanguageModel, collector: GradientCollector, tokens: TokenFile, rows: np.ndarray, reduction: str
-) -> RowBlock:
-    batch = assemble(tokens, rows, model.device)
+def capturing(model: LanguageModel, collector: GradientCollector, reduction: str) -> Measure:
+    """Forward, backward, and the rows that the collector has then."""
+
+    def measure(batch: Batch) -> RowBlock:
+        losses = finite_losses(model, batch, reduction)
+        losses.sum().backward()
+        return RowBlock(batch.rows, collector.take(), losses.detach(), labelled_tokens(batch))
+
+    return measure
+
+
+def finite_losses(model: LanguageModel, batch: Batch, reduction: str) -> Tensor:
+    """Losses ``[n]`` of a batch.
+
+    Raises:
+        ModelError: one is not finite; the row is named.
+    """
     losses = model.losses(batch.input_ids, batch.labels, reduction)
     finite = losses.detach().isfinite()
     if not finite.all():
-        row = int(rows[int((~finite).nonzero()[0])])
+        row = int(batch.rows[int((~finite).nonzero()[0])])
         raise ModelError(
             f"row {row} has loss {losses[~finite][0].item()}: the model overflows on it (--precision fp32?)"
         )
-    losses.sum().backward()
-    labelled = (batch.labels != -100).sum(1).cpu().numpy()
-    return RowBlock(rows, collector.take(), losses.detach(), labelled)
+    return losses
+
+
+def labelled_tokens(batch: Batch) -> np.ndarray:
+    """Tokens with a loss of each row ``[n]``."""
+    return (batch.labels != IGNORE).sum(1).cpu().numpy()
 
 
 @contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Dropout off and all weights frozen for the pass, the head's too, and everything put back afterwards."""
     training = [module for module in model.model.modules() if module.training]
     trainable = [parameter for parameter in model.model.parameters() if parameter.requires_grad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ from gradstore import GradientStore, StoreWriter
 
 
 def build_index(
-    path: str | Path, config: IndexConfig, *, overwrite: bool = False, progress: Progress | None = None
+    path: str | Path,
+    config: IndexConfig,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_begun: Callable[[], None] | None = None,
 ) -> GradientStore:
     """Collect the gradient of every row of a dataset into a store: what ``trace build`` does.
 
@@ -41,6 +46,8 @@ def build_index(
         config: model, data, sketch and batching.
         overwrite: replace a run that exists.
         progress: told of each stage.
+        on_begun: called once the run folder is there and before the first gradient, so that notes for continuing the
+            run can be left in it.
 
     Raises:
         RunError: the folder exists and is not a run that this configuration began.
@@ -51,7 +58,14 @@ def build_index(
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
     model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
     return collect_gradients(
-        model, source, path, tokenizer=tokenizer, config=config, overwrite=overwrite, progress=progress
+        model,
+        source,
+        path,
+        tokenizer=tokenizer,
+        config=config,
+        overwrite=overwrite,
+        progress=progress,
+        on_begun=on_begun,
     )
 
 
@@ -65,6 +79,7 @@ def collect_gradients(
     attention_cfgs: Mapping[str, AttentionConfig] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_begun: Callable[[], None] | None = None,
 ) -> GradientStore:
     """Collect per-example gradients of a model you have over data you have.
 
@@ -85,6 +100,7 @@ def collect_gradients(
         config: everything else; its model name and dataset name are kept as provenance.
         overwrite: replace a run that exists.
         progress: told of each stage.
+        on_begun: as for :func:`build_index`.
 
     Returns:
         The finished store, in dataset order.
@@ -103,6 +119,8 @@ def collect_gradients(
         if overwrite:
             remove_run(path)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
+            if on_begun is not None:
+                on_begun()
             writer.write_data(_records(scratch))
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)

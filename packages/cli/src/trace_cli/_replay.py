@@ -16,7 +16,9 @@ def save_config(folder: str | Path, command: str) -> None:
 
     context = click.get_current_context()
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in context.params.items()}
-    saved = {"command": command, "options": {name: value for name, value in options.items() if value is not None}}
+    # Replacing what was there is no part of what was run: an interrupted run is continued, not replaced again.
+    kept = {name: value for name, value in options.items() if value is not None and name != "overwrite"}
+    saved = {"command": command, "options": kept}
     (Path(folder) / NAME).write_text(yaml.safe_dump(saved, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

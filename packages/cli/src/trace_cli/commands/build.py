@@ -45,8 +45,9 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
     progress = Bars()
     refuse_finished(run_path, overwrite)
     config = index_config(options, progress)
-    store = build_index(run_path, config, overwrite=overwrite, progress=progress)
-    save_config(run_path, "build")
+    store = build_index(
+        run_path, config, overwrite=overwrite, progress=progress, on_begun=lambda: save_config(run_path, "build")
+    )
     seconds = time.perf_counter() - began
     if as_json:
         import json
