@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from attribute.index import build_index, collect_gradients
     from attribute.model import LanguageModel
     from attribute.query import Asker
+    from gradstore import FaissConfig
 
 _WHERE = {
     "Asker": "query",
@@ -23,6 +24,7 @@ _WHERE = {
     "Attributor": "attributor",
     "DataConfig": "config",
     "DataError": "_errors",
+    "FaissConfig": "attributor",
     "Hit": "attributor",
     "IndexConfig": "config",
     "LanguageModel": "model",
@@ -40,6 +42,7 @@ __all__ = [
     "Attributor",
     "DataConfig",
     "DataError",
+    "FaissConfig",
     "Hit",
     "IndexConfig",
     "LanguageModel",

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribute._device_search import search_on
 from attribute._errors import RunError
 from attribute.methods import method_named
+from attribute.model import pick_device
 from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
-from gradstore import GradientStore, SearchResult
+from gradstore import FaissConfig, FaissIndex, GradientStore, SearchResult
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Attribution:
         return self._found
 
     def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
-        return [Hit(int(row), float(score), self._store.data(int(row))) for row, score in zip(rows, scores)]
+        # An approximate index that finds fewer than k fills up with row -1.
+        found = [(int(row), float(score)) for row, score in zip(rows, scores) if row >= 0]
+        return [Hit(row, score, self._store.data(row)) for row, score in found]
 
 
 class Attributor:
@@ -91,17 +95,34 @@ class Attributor:
         result.scores, result.indices     # [1, 5] each
         result.proponents(0)[0].text
 
+        # millions of rows: an approximate index, memory-mapped
+        attr = Attributor("runs/quickstart", faiss_cfg=FaissConfig("IVF1,SQfp16", mmap_index=True))
+
     Args:
         index: a run folder, or an opened store.
-        device: where query gradients are computed when none is given by the model; kept for scripts that pass it.
+        device: where the search computes its products; ``"auto"`` takes a GPU where there is one. Query gradients are
+            computed where the traced model lies.
         unit_norm: cosine (grad-cos) instead of dot product (grad-dot).
+        faiss_cfg: search by FAISS, on the CPU, instead of exactly. The index is made at the first search, kept beside
+            the store and found again (extra ``gradstore[faiss]``).
+
+    Raises:
+        ModelError: no such device.
     """
 
-    def __init__(self, index: str | Path | GradientStore, device: str = "cpu", unit_norm: bool = False) -> None:
+    def __init__(
+        self,
+        index: str | Path | GradientStore,
+        device: str = "cpu",
+        unit_norm: bool = False,
+        faiss_cfg: FaissConfig | None = None,
+    ) -> None:
         self.store = index if isinstance(index, GradientStore) else GradientStore.open(index)
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.plan = plan_of(self.store)
         self.method = method_named("grad-cos" if unit_norm else "grad-dot")
+        self.faiss_cfg = faiss_cfg
+        self._metric: Literal["dot", "cos"] = "cos" if unit_norm else "dot"
 
     def search(
         self,
@@ -125,8 +146,16 @@ class Attributor:
         """
         names = select_modules(self.plan.columns, modules) if modules is not None else None
         result = Attribution(self.store, reverse)
-        result._found = self.method.search(self.store, self._matrix(queries), k, names)
+        result._found = self._search(self._matrix(queries), k, names)
         return result
+
+    def _search(self, queries: np.ndarray, k: int, modules: Sequence[str] | None) -> SearchResult:
+        if self.faiss_cfg is not None:
+            index = FaissIndex.build(self.store, self.faiss_cfg, metric=self._metric, modules=modules)
+            return index.search(queries, k)
+        if self.device.type != "cpu":
+            return search_on(self.device, self.store, queries, k, metric=self._metric, modules=modules)
+        return self.method.search(self.store, queries, k, modules)
 
     @contextmanager
     def trace(
