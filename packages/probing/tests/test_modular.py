@@ -27,7 +27,8 @@ def task():
 @pytest.fixture(scope="module")
 def model(task):
     torch.set_num_threads(1)
-    return modular.train(task, epochs=400, lr=3e-3)
+    # Full-batch AdamW at a constant rate ends in a spike on some CPUs and not on others; a falling rate ends in none.
+    return modular.train(task, epochs=400, lr=3e-3, decay=0.3)
 
 
 def probing(model, task, variable, part="attn"):
