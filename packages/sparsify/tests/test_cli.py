@@ -177,6 +177,16 @@ def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
     assert judged["grafted"]["layers.2"]["kl"] < judged["zero"]["layers.2"]["kl"]
     assert json.loads((tmp_path / "c" / "r" / "eval.json").read_text()) == judged
 
+    assert (tmp_path / "c" / "r" / "eval.svg").read_text().lstrip().startswith("<?xml")
+
+    page = tmp_path / "latents.html"
+    few = ["--latents", "3", "--latents", "5", "--contexts", "2", "--out", page]
+    assert ok("dashboard", model, text, tmp_path / "c" / "r", *rows, *few) == f"{page}\n"
+    assert page.read_text().count("<article id=") == 2
+    beyond = ["dashboard", model, text, tmp_path / "c" / "r", *rows, "--latents", "256"]
+    refused = CliRunner().invoke(sae, [str(w) for w in beyond])
+    assert (refused.exit_code, "latents 0 to 255, not 256" in refused.output) == (1, True)
+
     assert "sparsify → saelens: layers.2" in ok("convert", tmp_path / "c" / "r", tmp_path / "s", "--to", "saelens")
     assert (tmp_path / "s" / "layers.2" / "sae_weights.safetensors").exists()
     refused = CliRunner().invoke(sae, ["convert", str(tmp_path / "s"), str(tmp_path / "d")])

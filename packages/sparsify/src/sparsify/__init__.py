@@ -21,8 +21,11 @@ from sparsify._errors import (
 if TYPE_CHECKING:
     from sparsify._cache import ActivationCache, build_cache
     from sparsify._coder import EncoderOutput, ForwardOutput, Sae, SparseCoder
+    from sparsify._contexts import Context, Latent, top_contexts
+    from sparsify._dashboard import write_dashboard
     from sparsify._evaluate import Evaluation, evaluate, grafted
     from sparsify._hub import push_to_hub
+    from sparsify._plots import plot_evaluation
     from sparsify._trainer import SaeTrainer, Trainer
 
 __all__ = [
@@ -41,6 +44,11 @@ __all__ = [
     "Evaluation",
     "evaluate",
     "grafted",
+    "plot_evaluation",
+    "Context",
+    "Latent",
+    "top_contexts",
+    "write_dashboard",
     "push_to_hub",
     "SparsifyError",
     "CheckpointError",
@@ -62,6 +70,11 @@ _LAZY = {
     "Evaluation": "sparsify._evaluate",
     "evaluate": "sparsify._evaluate",
     "grafted": "sparsify._evaluate",
+    "plot_evaluation": "sparsify._plots",
+    "Context": "sparsify._contexts",
+    "Latent": "sparsify._contexts",
+    "top_contexts": "sparsify._contexts",
+    "write_dashboard": "sparsify._dashboard",
     "push_to_hub": "sparsify._hub",
     "SaeTrainer": "sparsify._trainer",
 }

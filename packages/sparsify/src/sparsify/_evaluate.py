@@ -6,6 +6,7 @@ Definitions (libraries disagree, so they stand in every result):
 - L0: mean number of latents with an activation above 0. Dead: share of latents that never fired.
 - Cosine: mean over tokens of cos(y, ŷ).
 - CE, KL: nats per predicted token, KL(clean ‖ grafted), fp32 log-softmax over the whole vocabulary.
+- Latency: microseconds a token of encoding, decoding and the whole model, medians over batches; of one machine.
 - Recovered: (CE_zero − CE_grafted) / (CE_zero − CE_clean); zero and mean ablation replace the hookpoint's output by 0
   or by its mean over all evaluated tokens.
 """
@@ -13,10 +14,12 @@ Definitions (libraries disagree, so they stand in every result):
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +65,16 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Microseconds a token, the median over batches, on the machine that evaluated."""
+
+    encode: float
+    decode: float
+    model: float
+    """One forward pass of the whole model."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Results by coder; ``grafts`` are missing for models without logits."""
 
@@ -74,6 +87,7 @@ class Evaluation:
     recovered: dict[str, float] = field(default_factory=dict)
     together: Graft | None = None
     """Every coder at once, one per hookpoint."""
+    latency: dict[str, Latency] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with the definitions, for JSON."""
@@ -88,17 +102,20 @@ class Evaluation:
         from rich.table import Table
 
         table = Table(title=f"{self.tokens:,} tokens, clean CE {self.clean_ce:.4f}")
-        for name in ("hookpoint", "FVU", "cosine", "L0", "dead", "CE", "KL", "recovered", "CE zero", "CE mean"):
+        titles = ("hookpoint", "FVU", "cosine", "L0", "dead", "µs/token", "CE", "KL", "recovered", "CE zero", "CE mean")
+        for name in titles:
             table.add_column(name, justify="left" if name == "hookpoint" else "right")
         for name, r in self.reconstruction.items():
+            speed = self.latency[name]
             row = [name, f"{r.fvu:.4f}", f"{r.cosine:.4f}", f"{r.l0:.1f}", f"{r.dead:.1%}"]
+            row.append(f"{speed.encode + speed.decode:.1f}")
             if name in self.grafted:
                 g = self.grafted[name]
                 row += [f"{g.ce:.4f}", f"{g.kl:.4f}", f"{self.recovered[name]:.4f}"]
                 row += [f"{self.zero[name].ce:.4f}", f"{self.mean[name].ce:.4f}"]
             table.add_row(*row)
         if self.together is not None and len(self.grafted) > 1:
-            table.add_row("all together", "", "", "", "", f"{self.together.ce:.4f}", f"{self.together.kl:.4f}")
+            table.add_row("all together", "", "", "", "", "", f"{self.together.ce:.4f}", f"{self.together.kl:.4f}")
         return table
 
 
@@ -143,7 +160,7 @@ def evaluate(
     source = OnTheFly(model, dataset, list(dict.fromkeys(hooks.values())), transcode=paired, batch_size=batch_size)
     batches = len(source) if max_batches is None else min(max_batches, len(source))
     skip = torch.tensor(list(exclude), dtype=torch.long, device=source.device)
-    with torch.no_grad(), _hooks.frozen(model), _evaluating(coders):
+    with torch.no_grad(), _hooks.frozen(model), evaluating(coders):
         sums = {name: _Sums(coder) for name, coder in coders.items()}
         for index in range(batches):
             keep = ~torch.isin(source.tokens(index), skip).flatten()
@@ -154,11 +171,13 @@ def evaluate(
                 pair = batch[hook]
                 sums[name].add((pair.x if coders[name].cfg.transcode else pair.y)[keep].float(), pair.y[keep].float())
         reconstruction = {name: s.result() for name, s in sums.items()}
-        tokens = next(iter(sums.values())).count
+        whole = _model_latency(model, source, min(batches, 5))
+        latency = {name: Latency(*s.latency(), whole) for name, s in sums.items()}
+        bare = Evaluation(next(iter(sums.values())).count, math.nan, reconstruction, latency=latency)
         if not _has_logits(model, source.tokens(0)):
-            return Evaluation(tokens, math.nan, reconstruction)
+            return bare
         means = {hook: sums[name].mean() for name, hook in hooks.items()}
-        return _with_grafts(Evaluation(tokens, 0.0, reconstruction), model, coders, hooks, source, batches, skip, means)
+        return _with_grafts(bare, model, coders, hooks, source, batches, skip, means)
 
 
 def _with_grafts(
@@ -186,16 +205,14 @@ def _with_grafts(
         clean = logits_of(_hooks.call(model, tokens))
         clean_ce += float(compare(clean, clean, tokens)[0])
         count += tokens[:, 1:].numel()
-        for key, replace in plans.items():
-            with _hooks.spliced(model, {hook: _only(keep, f) for hook, f in replace.items()}):
+        for key, replacements in plans.items():
+            with _hooks.spliced(model, {hook: _only(keep, f) for hook, f in replacements.items()}):
                 totals[key] += compare(clean, logits_of(_hooks.call(model, tokens)), tokens).cpu()
     grafts = {key: Graft(*(total / count).tolist()) for key, total in totals.items()}
     kinds = {kind: {n: g for (k, n), g in grafts.items() if k == kind} for kind in ("grafted", "zero", "mean")}
     ce = clean_ce / count
     recovered = {n: _ratio(kinds["zero"][n].ce - kinds["grafted"][n].ce, kinds["zero"][n].ce - ce) for n in hooks}
-    return Evaluation(
-        bare.tokens, ce, bare.reconstruction, **kinds, recovered=recovered, together=grafts["together", ""]
-    )
+    return replace(bare, clean_ce=ce, **kinds, recovered=recovered, together=grafts["together", ""])
 
 
 def compare(clean: Tensor, other: Tensor, tokens: Tensor, block: int = 256) -> Tensor:
@@ -225,10 +242,14 @@ class _Sums:
         self.square = self.error = self.cosine = 0.0
         self.fired = torch.zeros(coder.num_latents, dtype=torch.long, device=coder.device)
         self.count = 0
+        self.seconds: list[tuple[float, float]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        began = _now(x)
         acts, indices, _ = self.coder.encode(x)
+        encoded = _now(x)
         out = self.coder.decode(acts, indices)
+        self.seconds.append(((encoded - began) / len(x), (_now(x) - encoded) / len(x)))
         out = out if self.coder.W_skip is None else out + x.to(out.dtype) @ self.coder.W_skip.T
         out, y = out.to(self.wide), y.to(self.wide)
         self.total += y.sum(0)
@@ -240,6 +261,10 @@ class _Sums:
 
     def mean(self) -> Tensor:
         return self.total / self.count
+
+    def latency(self) -> tuple[float, float]:
+        encode, decode = zip(*self.seconds)
+        return 1e6 * median(encode), 1e6 * median(decode)
 
     def result(self) -> Reconstruction:
         fvu = _ratio(self.error, self.square - float(self.total.square().sum()) / self.count)
@@ -255,12 +280,29 @@ class _Sums:
         )
 
 
+def _model_latency(model: nn.Module, source: OnTheFly, batches: int) -> float:
+    seconds: list[float] = []
+    for index in range(batches):
+        tokens = source.tokens(index)
+        began = _now(tokens)
+        _hooks.call(model, tokens)
+        seconds.append((_now(tokens) - began) / tokens.numel())
+    return 1e6 * median(seconds)
+
+
+def _now(like: Tensor) -> float:
+    """The time once everything asked of the tensor's device is done."""
+    if like.device.type != "cpu":
+        torch.accelerator.synchronize(like.device)
+    return time.perf_counter()
+
+
 def _replacement(coder: SparseCoder) -> Replacement:
     return lambda x, y: coder.reconstruct(x if coder.cfg.transcode and x is not None else y)
 
 
-def _only(keep: Tensor, replace: Replacement) -> Replacement:
-    return lambda x, y: torch.where(keep, replace(x, y).to(y.dtype), y)
+def _only(keep: Tensor, replacement: Replacement) -> Replacement:
+    return lambda x, y: torch.where(keep, replacement(x, y).to(y.dtype), y)
 
 
 def _has_logits(model: nn.Module, tokens: Tensor) -> bool:
@@ -273,7 +315,8 @@ def _has_logits(model: nn.Module, tokens: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(coders: Mapping[str, SparseCoder]) -> Iterator[None]:
+def evaluating(coders: Mapping[str, SparseCoder]) -> Iterator[None]:
+    """Evaluation mode for all coders, put back afterwards."""
     modes = {name: coder.training for name, coder in coders.items()}
     try:
         for coder in coders.values():

@@ -1,4 +1,4 @@
-"""The commands: ``python -m sparsify MODEL [DATASET] ...`` and ``trace sae train|eval|cache|convert|push``.
+"""The commands: ``python -m sparsify MODEL [DATASET] ...`` and ``trace sae train|eval|dashboard|cache|convert|push``.
 
 Importing this module imports no torch: the heavy half of each command is imported when it runs.
 """
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -176,17 +177,68 @@ def evaluate_command(
         from sparsify import _load
         from sparsify._evaluate import evaluate
         from sparsify._files import load_many
+        from sparsify._plots import plot_evaluation
 
         artifacts = Artifacts(**options)
         loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
         found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
         exclude = _load.special_ids(model, artifacts.revision, artifacts.hf_token) if artifacts.exclude_special else ()
         result = evaluate(loaded, found, rows, batch_size=batch_size, max_batches=max_batches, exclude=exclude)
-        result.save(out or f"{coders}/eval.json")
+        target = Path(out or f"{coders}/eval.json")
+        result.save(target)
+        plot_evaluation(result, target.with_suffix(".svg"))
         if as_json:
             click.echo(json.dumps(result.to_dict()))
         else:
             Console().print(result.table())
+            click.echo(f"{target} and {target.with_suffix('.svg')}", err=True)
+
+
+@sae.command("dashboard", cls=Command)
+@click.argument("model")
+@click.argument("dataset")
+@click.argument("coders", type=click.Path(exists=True, file_okay=False))
+@options_from(Artifacts, skip=("load_in_8bit", "exclude_special"))
+@click.option("--latents", multiple=True, type=int, help="Which latents; by default a sample of those that fire.")
+@click.option("--sample", default=24, help="How many latents a coder, where none are named.")
+@click.option("--contexts", default=6, help="Contexts a latent.")
+@click.option("--batch_size", default=8, help="Rows per batch.")
+@click.option("--max_batches", type=int, help="Stop after this many batches.")
+@click.option("--out", type=click.Path(dir_okay=False), help="The page; CODERS/dashboard.html by default.")
+def dashboard_command(
+    model: str,
+    dataset: str,
+    coders: str,
+    latents: tuple[int, ...],
+    sample: int,
+    contexts: int,
+    batch_size: int,
+    max_batches: int | None,
+    out: str | None,
+    **options: Any,
+) -> None:
+    """Show what makes the latents of the coders in CODERS fire on DATASET, as one HTML page."""
+    with errors_as_messages():
+        from sparsify import _load
+        from sparsify._contexts import top_contexts
+        from sparsify._dashboard import write_dashboard
+        from sparsify._evaluate import evaluate
+        from sparsify._files import load_many
+
+        artifacts = Artifacts(**options)
+        loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
+        found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
+        shared = {"batch_size": batch_size, "max_batches": max_batches}
+        shown = top_contexts(loaded, found, rows, latents=latents or None, sample=sample, contexts=contexts, **shared)
+        tokenizer = _load.load_tokenizer(model, artifacts.revision, artifacts.hf_token)
+        page = write_dashboard(
+            out or f"{coders}/dashboard.html",
+            shown,
+            tokenizer,
+            title=f"Latents of {coders} on {dataset}",
+            evaluation=evaluate(loaded, found, rows, **shared),
+        )
+        click.echo(str(page))
 
 
 @sae.command("cache", cls=Command)
