@@ -150,6 +150,17 @@ def test_memory_maps_and_saved_datasets(model, tmp_path):
         assert json.loads(succeed(*words).stdout.splitlines()[-1])["tokens/layers.0"] == 24 * 64
 
 
+def test_a_streamed_dataset(model, tmp_path):
+    lines = [json.dumps({"text": f"Once upon a time there was a dog number {n}. " * 12}) for n in range(80)]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    words = [model, str(tmp_path / "s.jsonl"), *SMALL, "--layers", "0", "--save_dir", str(tmp_path / "c"), "--json"]
+    words += ["--data_args", "streaming=True"]
+    assert json.loads(succeed(*words).stdout.splitlines()[-1])["tokens/layers.0"] == 24 * 64
+    endless = [word for word in words if word not in ("--max_examples", "24")]
+    refused = invoke(*endless)
+    assert (refused.exit_code, "set --max_examples" in refused.output) == (1, True)
+
+
 def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
     def ok(*words):
         result = CliRunner().invoke(sae, [str(w) for w in words])

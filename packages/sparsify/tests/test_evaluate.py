@@ -45,6 +45,23 @@ def test_an_identity_graft_changes_nothing():
     assert_close(result.together.kl, 0.0, rtol=0, atol=1e-12)
 
 
+class WithError(SparseCoder):
+    """Reconstruction plus its error term: (Wx + e) with e = x − Wx is x again (Marks et al. 2024, §3.1)."""
+
+    def reconstruct(self, x):
+        guess = super().reconstruct(x)
+        return guess + (x - guess)
+
+
+def test_a_coder_with_its_error_term_changes_nothing():
+    coder = WithError(12, SaeConfig(k=3, num_latents=24), dtype=torch.float64)
+    result = evaluate(Tiny().double(), {"layers.1": coder}, ROWS, batch_size=5)
+    assert_close(result.grafted["layers.1"].kl, 0.0, rtol=0, atol=1e-12)
+    plain = SparseCoder(12, SaeConfig(k=3, num_latents=24), dtype=torch.float64)
+    plain.load_state_dict(coder.state_dict())
+    assert evaluate(Tiny().double(), {"layers.1": plain}, ROWS, batch_size=5).grafted["layers.1"].kl > 1e-6
+
+
 def test_every_number_is_its_formula(tmp_path):
     model = Tiny()
     coders = trained(tmp_path)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
 from sparsify._select import Rule, Selection
+from sparsify.kernels import kernels_for
 
 BLOCK_BYTES = 24 << 20
 """Size of a block of products. Above 32 MiB glibc maps and unmaps the block on every use; below, it is reused."""
@@ -82,17 +82,9 @@ class Routes:
 
     def dots(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """(N, K): for each entry, the dot product of its token's row with its latent's row."""
-        n, width = self.indices.shape
         if self.dense:
             return self.masked((tokens @ rows.T).gather(1, self.indices))
-        if tokens.device.type not in ("cpu", "cuda"):
-            parts = [(rows[i] @ t.unsqueeze(-1)).squeeze(-1) for i, t in _pieces(self.indices, tokens)]
-            return self.masked(torch.cat(parts))
-        # The gradient of an embedding bag with respect to its weights: gathers each row once and keeps nothing.
-        flat = self.indices.flatten()
-        begin = torch.arange(0, max(n * width, 1), max(width, 1), device=flat.device)
-        product = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return self.masked(product(tokens.contiguous(), rows, flat, begin, self.owners(), 0).view(n, width))
+        return self.masked(kernels_for(rows).dots(self.indices, tokens, rows))
 
     def masked(self, weights: Tensor) -> Tensor:
         """The weights with padding at zero."""
@@ -108,20 +100,7 @@ def bag(indices: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor
     """Σ of weight times row within each bag; bag i starts at begin[i] and empty bags give zeros."""
     if not indices.numel():
         return rows.new_zeros(begin.numel(), rows.shape[1])
-    weights = weights.to(rows.dtype)
-    if rows.device.type in ("cpu", "cuda"):
-        return embedding_bag(indices, rows.contiguous(), begin, mode="sum", per_sample_weights=weights)
-    return bag_by_pieces(indices, rows, begin, weights)
-
-
-def bag_by_pieces(indices: Tensor, rows: Tensor, begin: Tensor, weights: Tensor, piece: int = 1 << 14) -> Tensor:
-    """`bag` from gathers and index_add alone, for devices without the fused operation."""
-    out = rows.new_zeros(begin.numel(), rows.shape[1])
-    owner = torch.searchsorted(begin, torch.arange(indices.numel(), device=begin.device), right=True) - 1
-    for s in range(0, indices.numel(), piece):
-        part = slice(s, s + piece)
-        out.index_add_(0, owner[part], rows[indices[part]] * weights[part, None])
-    return out
+    return kernels_for(rows).bag(indices, rows, begin, weights)
 
 
 class Products(NamedTuple):
@@ -243,11 +222,6 @@ def _side_by_side(chosen: Sequence[Selection]) -> Selection:
             [torch.ones_like(s.indices, dtype=torch.bool) if s.valid is None else s.valid for s in chosen], 1
         )
     return Selection(torch.cat([s.values for s in chosen], 1), torch.cat([s.indices for s in chosen], 1), valid)
-
-
-def _pieces(indices: Tensor, tokens: Tensor, rows: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    for s in range(0, indices.shape[0], rows):
-        yield indices[s : s + rows], tokens[s : s + rows]
 
 
 def products_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
