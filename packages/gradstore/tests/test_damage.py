@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 
 import numpy as np
 import pytest
 
-from gradstore import FormatVersion, GradientStore, GradStoreError, StoreCorrupt, StoreWriter, search, verify
+from gradstore import (
+    FormatVersion,
+    GradientStore,
+    GradStoreError,
+    StoreCorrupt,
+    StoreUnreadable,
+    StoreWriter,
+    search,
+    verify,
+)
 
 
 def flip(path, offset, bit):
@@ -92,6 +102,21 @@ def test_a_missing_or_cut_journal_is_named(store):
     with pytest.raises(StoreCorrupt, match="journal is damaged or missing"):
         GradientStore.open(store.path)
     assert not verify(store.path).ok
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "journal.jsonl", "shards/00001.safetensors", "data/00001.jsonl"])
+def test_files_that_the_disk_does_not_hand_over_are_named(store, file, monkeypatch):
+    real = io.open
+
+    def refusing(path, *args, **kwargs):
+        if str(path).endswith(file):
+            raise OSError(5, "Input/output error")  # what a failing disk says; root ignores permission bits
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    monkeypatch.setattr(io, "open", refusing)
+    with pytest.raises(StoreUnreadable, match=rf"{file.replace('.', '[.]')}: can't be read \(Input/output error"):
+        read_everything(store.path)
 
 
 def test_shards_that_changed_places_are_found(store):

@@ -145,6 +145,24 @@ def test_a_killed_merge_is_continued(tmp_path, arrays, write, folder_bytes):
     assert killed > 6
 
 
+@pytest.mark.parametrize("cut", [45, 60])  # the first shards are put together anew, or taken over whole
+def test_a_killed_merge_is_not_continued_with_other_rows(tmp_path, arrays, write, make, cut, monkeypatch):
+    first, second = (
+        write(tmp_path / name, part(arrays, a, b), rows_per_shard=30)
+        for name, a, b in (("one", 0, cut), ("two", cut, 100))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "finish", StoreWriter.close)
+        with pytest.raises(StoreIncomplete):
+            merge([first, second], tmp_path / "merged")
+    other = part(arrays, 0, cut)
+    other.rows[33] += 1  # in the second shard; the texts stay
+    changed = write(tmp_path / "other", other, rows_per_shard=30)
+    with pytest.raises(InvalidInput, match=r"00001\.safetensors: was begun with other rows"):
+        merge([changed, second], tmp_path / "merged")
+    assert merge([first, second], tmp_path / "merged").complete
+
+
 def test_ranks_may_write_side_by_side(tmp_path, arrays, plan, write, folder_bytes):
     code = (
         "import sys, json, numpy as np; from gradstore import StoreWriter;"

@@ -25,6 +25,7 @@ from gradstore import (
     StoreNotFound,
     StoreUnwritable,
     StoreWriter,
+    repair,
     verify,
 )
 
@@ -287,6 +288,23 @@ def test_create_refuses_a_store_a_file_and_a_full_folder(tmp_path, store, plan, 
     with pytest.raises(StoreExists, match=r"not empty \('thesis.tex'"):
         begin(tmp_path / "full", plan)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_files_of_others_are_left_alone(tmp_path, store, plan, arrays):
+    (tmp_path / "mine/data").mkdir(parents=True)
+    (tmp_path / "mine/data/train.csv").write_text("mine")
+    with pytest.raises(StoreExists, match=r"not empty \('data/train.csv'"):
+        begin(tmp_path / "mine", plan)
+    assert (tmp_path / "mine/data/train.csv").read_text() == "mine"
+    for name in ("notes/a.tmp", "shards/notes.txt", "report.tmp"):
+        (store.path / name).parent.mkdir(exist_ok=True)
+        (store.path / name).write_text("mine")
+    (store.path / "shards/00002.safetensors").unlink()
+    repair(store.path)
+    with StoreWriter.resume(store.path, plan=plan) as writer:
+        for shard, start, stop in writer.pending:
+            writer.write(shard, arrays.rows[start:stop], arrays.side(start, stop))
+    assert all((store.path / name).read_text() == "mine" for name in ("notes/a.tmp", "shards/notes.txt", "report.tmp"))
 
 
 def test_resume_needs_a_store(tmp_path, plan):

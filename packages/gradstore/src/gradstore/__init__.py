@@ -10,6 +10,7 @@ from gradstore._errors import (
     StoreIncomplete,
     StoreLocked,
     StoreNotFound,
+    StoreUnreadable,
     StoreUnwritable,
 )
 from gradstore._faiss import FaissConfig, FaissIndex, RowTransform
@@ -53,6 +54,7 @@ __all__ = [
     "StoreCorrupt",
     "StoreLocked",
     "StoreUnwritable",
+    "StoreUnreadable",
     "FormatVersion",
     "PlanMismatch",
 ]

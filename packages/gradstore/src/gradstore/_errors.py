@@ -38,6 +38,10 @@ class StoreUnwritable(GradStoreError):
     """The file system refused: full disk, quota, read-only folder."""
 
 
+class StoreUnreadable(GradStoreError):
+    """The file system refused to hand over a file that is there: no permission, a failing disk."""
+
+
 class FormatVersion(GradStoreError):
     """The store was written in a format this reader does not know."""
 

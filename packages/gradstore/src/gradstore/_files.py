@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from gradstore._errors import GradStoreError, StoreLocked, StoreUnwritable
+from gradstore._errors import GradStoreError, StoreLocked, StoreUnreadable, StoreUnwritable
 
 TEMP_SUFFIX = ".tmp"
 
@@ -21,6 +21,14 @@ def checksum(data: Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def checksum_of(parts: Iterable[Buffer]) -> str:
+    """The checksum of a file made of these parts."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(memoryview(part).cast("B"))
+    return digest.hexdigest()
+
+
 @contextmanager
 def write_errors(path: Path) -> Generator[None]:
     """Turn the file system's refusals into `StoreUnwritable` naming the file and the way on."""
@@ -30,6 +38,19 @@ def write_errors(path: Path) -> Generator[None]:
         raise StoreUnwritable(
             f"{path}: can't be written ({error.strerror or error}). Finished shards are kept: "
             "free space or make the folder writable, then resume."
+        ) from error
+
+
+@contextmanager
+def read_errors(path: Path) -> Generator[None]:
+    """Turn what the file system refuses to hand over into `StoreUnreadable`; a missing file stays one."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StoreUnreadable(
+            f"{path}: can't be read ({error.strerror or error}). Look at its permissions and at the disk."
         ) from error
 
 

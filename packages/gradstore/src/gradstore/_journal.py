@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Final
 
 from gradstore._errors import StoreCorrupt
-from gradstore._files import checksum, write_atomic, write_errors
+from gradstore._files import checksum, read_errors, write_atomic, write_errors
 
 NAME: Final = "journal.jsonl"
 
@@ -35,7 +35,8 @@ def read_journal(store: Path, expected: str | None) -> tuple[dict[str, Entry], i
     is left out, since its file will be written again.
     """
     path = store / NAME
-    raw = path.read_bytes() if path.exists() else b""
+    with read_errors(path):
+        raw = path.read_bytes() if path.exists() else b""
     if expected is not None and checksum(raw) != expected:
         raise StoreCorrupt(f"{path}: the journal is damaged or missing. Restore it from a copy, or run repair.")
     sound = raw.rfind(b"\n") + 1

@@ -17,7 +17,7 @@ from gradstore._errors import (
     StoreNotFound,
     did_you_mean,
 )
-from gradstore._files import checksum, write_atomic
+from gradstore._files import checksum, read_errors, write_atomic
 
 FORMAT: Final = "gradstore"
 VERSION: Final = 1
@@ -126,7 +126,8 @@ def load_manifest(store: Path) -> Manifest:
     """Read and check `manifest.json`: it exists, its version is known, its bytes are what was written."""
     path = store / NAME
     try:
-        raw = path.read_bytes()
+        with read_errors(path):
+            raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFound(
             f"{store}: no store here ({NAME} is missing). Expected a folder made by StoreWriter."

@@ -47,7 +47,7 @@ def merge(
             raise InvalidInput("The stores differ in their meta. Say what the merged store shall have: meta=….")
         meta = stores[0].meta
     with _target(stores, Path(path), meta, rows_per_shard or stores[0].manifest.rows_per_shard) as writer:
-        if writer.data_pending:
+        if writer.manifest.data:
             _merge_data(stores, writer)
         _merge_rows(stores, writer)
     return GradientStore.open(path)
@@ -119,7 +119,8 @@ def _whole(
 def _merge_rows(stores: Sequence[GradientStore], writer: StoreWriter) -> None:
     manifests = [store.manifest for store in stores]
     counts, per_shard = [m.rows for m in manifests], [m.rows_per_shard for m in manifests]
-    for shard, start, stop in writer.pending:
+    for shard in range(writer.manifest.shards):  # those of a killed merge too: adopt and write_stored compare them
+        start, stop = writer.manifest.span(shard)
         if whole := _whole(counts, [m.span for m in manifests], per_shard, (start, stop)):
             store, file = stores[whole[0]], shard_file(whole[1])
             writer.adopt(shard_file(shard), store.path / file, store.entries[file])

@@ -12,7 +12,7 @@ from gradstore._files import WriterLock, write_atomic, write_errors
 from gradstore._journal import NAME, Entry, parse_line, read_journal
 from gradstore._manifest import load_manifest
 from gradstore._shard import map_file
-from gradstore._writer import shard_file
+from gradstore._writer import own_files, shard_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def repair(path: str | Path) -> RepairReport:
         if report.changed:
             replace(manifest, complete=False, journal=None).save(store)
             write_atomic(store / NAME, [sound[name].render() for name in sorted(sound)])
-            for file in store.glob("*/*"):
+            for file in own_files(store):
                 if file.relative_to(store).as_posix() not in sound:
                     with write_errors(file):
                         file.unlink()

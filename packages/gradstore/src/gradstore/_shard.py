@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from gradstore._encodings import Tensor
 from gradstore._errors import StoreCorrupt
-from gradstore._files import Buffer, checksum
+from gradstore._files import Buffer, checksum, read_errors
 from gradstore._journal import Entry
 
 PAGE: Final = 4096
@@ -55,7 +56,7 @@ def map_file(store: Path, entry: Entry, *, verify: bool) -> mmap.mmap:
     """Map a journalled file read-only; checks its size always, its checksum when asked."""
     path = store / entry.file
     try:
-        with open(path, "rb") as file:
+        with read_errors(path), open(path, "rb") as file:
             size = file.seek(0, 2)
             if size != entry.bytes:
                 raise StoreCorrupt(
@@ -76,9 +77,9 @@ def map_file(store: Path, entry: Entry, *, verify: bool) -> mmap.mmap:
 
 
 def read_ahead(path: Path) -> None:
-    """Ask the kernel to fetch a file while the one before it is worked on."""
-    if hasattr(os, "posix_fadvise") and path.exists():
-        with open(path, "rb") as file:
+    """Ask the kernel to fetch a file while the one before it is worked on; its own turn tells what is wrong with it."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 

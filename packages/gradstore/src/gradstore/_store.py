@@ -6,6 +6,7 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -78,6 +79,7 @@ class GradientStore:
             )
         self.layout = Layout(self.manifest.dtype, self.manifest.columns)
         self.columns: Mapping[str, slice] = MappingProxyType(dict(zip(self.manifest.columns, self.layout.slices)))
+        self._lock = Lock()  # searches of several threads may share a store
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._verified: set[str] = set()
 
@@ -230,15 +232,17 @@ class GradientStore:
         return tensors
 
     def _map(self, file: str, *, keep: bool = True) -> mmap.mmap:
-        if file in self._maps:
-            self._maps.move_to_end(file)
-            return self._maps[file]
+        with self._lock:
+            if file in self._maps:
+                self._maps.move_to_end(file)
+                return self._maps[file]
         if file not in self.entries:
             raise StoreIncomplete(f"{self.path / file}: not written yet. Resume the build.")
         view = map_file(self.path, self.entries[file], verify=file not in self._verified)
         self._verified.add(file)
         if keep:
-            self._maps[file] = view
-            while len(self._maps) > _MAPPED_FILES:
-                self._maps.popitem(last=False)  # unmapped once no array refers to it
+            with self._lock:
+                self._maps[file] = view
+                while len(self._maps) > _MAPPED_FILES:
+                    self._maps.popitem(last=False)  # unmapped once no array refers to it
         return view

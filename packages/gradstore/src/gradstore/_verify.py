@@ -125,7 +125,8 @@ def verify(path: str | Path) -> VerifyReport:
                 problems.append(str(error))
         files, size = files + len(known), size + sum(entry.bytes for entry in known)
     if store.complete:
-        strays = [p for p in sorted(folder.glob("*/*")) if p.relative_to(folder).as_posix() not in store.entries]
+        found = sorted(path for name in ("data", "shards") for path in folder.glob(f"{name}/*"))
+        strays = [path for path in found if path.relative_to(folder).as_posix() not in store.entries]
         problems += [f"{stray}: a file that the journal does not know." for stray in strays]
     return VerifyReport(str(folder), files, size, rows, tuple(problems))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from gradstore import _journal, _manifest
 from gradstore._data import OFFSETS, check_offsets, data_files, encode_offsets, encode_rows
 from gradstore._encodings import Layout, Tensor, is_finite
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
-from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, sync_folder, write_atomic, write_errors
+from gradstore._files import TEMP_SUFFIX, WriterLock, checksum, checksum_of, sync_folder, write_atomic, write_errors
 from gradstore._journal import Entry, Journal
 from gradstore._manifest import Side
 from gradstore._shard import shard_parts
@@ -27,6 +28,8 @@ from gradstore._shard import shard_parts
 _THREADS = 2  # one shard is encoded while another waits for the disk
 _QUEUED_SHARDS = 1  # with those in work three shards at most are held, so memory stays flat
 _SAFETENSORS = {"fp32": "F32", "fp64": "F64", "int32": "I32", "int64": "I64"}
+
+_OWN = re.compile(r"(shards/\d{5,}\.safetensors|data/\d{5,}\.(jsonl|offsets\.npy))(\.tmp)?")
 
 Job = tuple[int, NDArray[np.float32], dict[str, Tensor]]
 
@@ -185,13 +188,17 @@ class StoreWriter:
     def write_stored(self, shard_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a shard whose tensors another store of the same layout holds, encoded as they are."""
         self._raise_pending_error()
-        self._accepted.add(shard_index)
+        if (file := shard_file(shard_index)) in self._journal.entries:
+            self._require_stored(file, checksum_of(shard_parts(tensors)))
+            return
         self._write_tensors(shard_index, tensors)
+        self._accepted.add(shard_index)
 
     def adopt(self, file: str, source: Path, entry: Entry) -> None:
         """Take over a finished file of another store, by hard link if the file system allows, else by copy."""
         self._raise_pending_error()
         if file in self._journal.entries:
+            self._require_stored(file, entry.checksum)
             return
         target = self.path / file
         temp = target.with_name(target.name + TEMP_SUFFIX)
@@ -234,6 +241,7 @@ class StoreWriter:
         """Wait for the writer threads, check that nothing is missing, and mark the store complete in one step."""
         self._drain()
         self._raise_pending_error()
+        self._accepted = {s for s in self._accepted if shard_file(s) in self._journal.entries}
         if self.pending:
             shard, start, stop = self.pending[0]
             raise StoreIncomplete(
@@ -270,6 +278,14 @@ class StoreWriter:
         else:
             with suppress(GradStoreError):  # the block's own error is the one to show
                 self.close()
+
+    def _require_stored(self, file: str, digest: str) -> None:
+        """Refuse to continue beside a finished file that holds something else than what would be written now."""
+        if self._journal.entries[file].checksum != digest:
+            raise InvalidInput(
+                f"{self.path / file}: was begun with other rows than those given now. "
+                "Continue it with the same, or choose a new folder."
+            )
 
     def _side_tensors(self, side: Mapping[str, NDArray[Any]], start: int, stop: int) -> dict[str, Tensor]:
         expected = self.manifest.side
@@ -352,7 +368,7 @@ class StoreWriter:
                 )
         if self.manifest.documents is not None and OFFSETS not in self._journal.entries:
             raise StoreCorrupt(f"{self.path / OFFSETS}: missing or damaged; the store must be built anew.")
-        for path in [*self.path.glob("*/*"), *self.path.glob(f"*{TEMP_SUFFIX}")]:
+        for path in own_files(self.path):
             if path.relative_to(self.path).as_posix() not in self._journal.entries:
                 with write_errors(path):
                     path.unlink()
@@ -383,8 +399,18 @@ def _require_free(store: Path) -> None:
         # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
         ours = {"writer.lock", "shards", "data", _journal.NAME, OFFSETS}
         foreign = {p.name for p in store.iterdir() if p.name not in ours and p.suffix != TEMP_SUFFIX}
+        known = set(own_files(store))
+        for folder in ("shards", "data"):  # somebody's folder may be called "data", too
+            foreign |= {f"{folder}/{p.name}" for p in store.glob(f"{folder}/*") if p not in known}
         if foreign:
             raise StoreExists(f"{store}: not empty ({min(foreign)!r} is in it). Choose a new folder for the store.")
+
+
+def own_files(store: Path) -> list[Path]:
+    """Shard, data and temporary files that a writer put into the folder; never anything of somebody else's."""
+    temps = [store / f"{name}{TEMP_SUFFIX}" for name in (_manifest.NAME, _journal.NAME, OFFSETS)]
+    found = [path for path in store.glob("*/*") if _OWN.fullmatch(path.relative_to(store).as_posix())]
+    return [*found, *(path for path in temps if path.exists())]
 
 
 def shard_file(shard: int) -> str:
