@@ -174,6 +174,15 @@ def test_stores_of_half_precision_round_each_row(dtype, make_model, tokenizer, d
     assert relative(rounded, exact) < {"fp16": 2**-11, "bf16": 2**-8}[dtype]
 
 
+@pytest.mark.parametrize(("dtype", "loss"), [("int8", 0.02), ("int4", 0.25), ("int2", 0.6), ("int1", 0.8)])
+def test_stores_of_few_bits_keep_the_direction_of_each_row(dtype, loss, make_model, tokenizer, documents, tmp_path):
+    model, records = make_model("llama"), [{"text": text} for text in documents[:8]]
+    exact = build(model, records, tmp_path / "a", tokenizer).block(0, 8)
+    store = build(model, records, tmp_path / "b", tokenizer, store_dtype=dtype)
+    assert store.dtype == dtype
+    assert relative(store.block(0, 8), exact) < loss  # Gaussian entries would lose .007, .11, .34, .60
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_models_of_half_precision_give_gradients_near_the_exact(precision, folders, documents, tokenizer, tmp_path):
     records = [{"text": text} for text in documents[:8]]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attribute._errors import AttributionError, DataError, ModelError, RunError
     from attribute.attributor import Attribution, Attributor, Hit
     from attribute.config import DataConfig, IndexConfig, QueryConfig
+    from attribute.dataset_view import load_gradient_dataset
     from attribute.index import build_index, collect_gradients
     from attribute.model import LanguageModel
     from attribute.query import Asker
@@ -33,6 +34,7 @@ _WHERE = {
     "RunError": "_errors",
     "build_index": "index",
     "collect_gradients": "index",
+    "load_gradient_dataset": "dataset_view",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "RunError",
     "build_index",
     "collect_gradients",
+    "load_gradient_dataset",
 ]
 
 

@@ -10,7 +10,7 @@ from attribute._errors import AttributionError
 from gradcore import Identity, Sketch, TwoSided
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-STORE_DTYPES = ("fp32", "fp16", "bf16")
+STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class IndexConfig:
         projection_seed: another seed is another sketch.
         loss_reduction: ``sum`` or ``mean`` over the labelled tokens of a row.
         token_batch_size: padded tokens a batch; longer rows run alone.
-        store_dtype: encoding of the stored rows.
+        store_dtype: encoding of the stored rows: floats, or 8, 4, 2 or 1 bits with a scale a row and module; int4
+            loses next to nothing of a ranking (``docs/store-format.md``).
         rows_per_shard: rows a file; 0 chooses by size.
     """
 

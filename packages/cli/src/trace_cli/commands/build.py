@@ -17,10 +17,10 @@ from trace_cli._options import capture_options, data_options, model_options
 @capture_options
 @click.option(
     "--store-dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4", "int2", "int1"]),
     default="fp32",
     show_default=True,
-    help="Encoding of the stored rows.",
+    help="Encoding of the stored rows; int4 takes an eighth and ranks next to the same.",
 )
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
