@@ -147,10 +147,14 @@ class Layout:
         planes = [tensors[f"plane{p}"].view(np.uint8) for p in range(read)]
         scale = tensors["scale"].view(np.float32)
         if len(modules) < len(self.widths) or list(modules) != list(range(len(self.widths))):
-            ranges = [slice(self._bytes[m], self._bytes[m + 1]) for m in modules]
+            ranges = [self.plane_bytes(m) for m in modules]
             planes = [np.concatenate([plane[:, part] for part in ranges], axis=1) for plane in planes]
             scale = scale[:, list(modules)]
         return dequantise(planes, self.bits or read, scratch), scale
+
+    def plane_bytes(self, module: int) -> slice:
+        """Where a module stands in each plane."""
+        return slice(self._bytes[module], self._bytes[module + 1])
 
     def _padded_starts(self, modules: Sequence[int]) -> list[int]:
         return np.cumsum([0, *(padded(self.widths[m]) for m in modules)]).tolist()[:-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradstore._encodings import F32
 from gradstore._errors import GradStoreError, InvalidInput
 from gradstore._files import write_errors
-from gradstore._search import SearchResult, top_and_bottom
+from gradstore._search import ScoredRows, SearchResult, top_and_bottom
 from gradstore._store import GradientStore
 from gradstore._writer import StoreWriter
 
@@ -110,10 +110,10 @@ class ScoreStore:
     def top(self, k: int) -> SearchResult:
         """The k rows with the highest and the lowest score for each query, in one sweep; ties go to the lower row."""
 
-        def blocks() -> Iterator[tuple[int, F32, F32, Callable[[int, NDArray[np.int64]], F32]]]:
+        def blocks() -> Iterator[ScoredRows]:
             for shard in self.store.sweep():
                 scores = np.ascontiguousarray(shard.values().T)
-                yield shard.start, scores, np.zeros_like(scores), lambda query, rows, scores=scores: scores[query, rows]
+                yield shard.start, scores, np.zeros_like(scores)  # no errors: what is stored is the score
 
         return top_and_bottom(len(self.queries), k, blocks())
 

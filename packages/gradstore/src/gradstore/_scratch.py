@@ -6,6 +6,7 @@ in a pool thread a quarter of the whole search.
 
 from __future__ import annotations
 
+from math import prod
 from threading import local
 from typing import Any
 
@@ -21,7 +22,7 @@ class Scratch(local):
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An uninitialised array over the buffer of that name, which grows as needed."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size = prod(shape) * np.dtype(dtype).itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < size:
             buffer = self._buffers[name] = np.empty(size, np.uint8)

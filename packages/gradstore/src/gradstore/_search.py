@@ -7,7 +7,7 @@ is cut, and equal rows tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -15,20 +15,23 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradstore._encodings import F32
+from gradstore._best import Best, Exact
+from gradstore._encodings import F32, Stored
 from gradstore._errors import InvalidInput
 from gradstore._scratch import Scratch
 from gradstore._store import Block, GradientStore
 from gradstore._threads import cores, in_order, one_blas_thread
+from gradstore._torch_products import FloatProducts, PlaneProducts, has_int8_gemm, loaded_torch
 
 Metric = Literal["dot", "cos"]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-# first row, scores [q, n], a bound on their errors, and the exact scores of a query for rows of the block
-ScoredRows = tuple[int, F32, F32, Callable[[int, I64], F32]]
+# first row, scores [q, n] and a bound on their errors
+ScoredRows = tuple[int, F32, F32]
 
 _BLOCK_BYTES: Final = 4 << 20  # decoded float32 block: large enough for GEMM speed, small enough to stay in cache
+_EXACT_ROWS: Final = 256  # decoded at a time to be scored again
 _TINY: Final = 1e-30  # norms below have squares and products that leave float32's normal range
 
 
@@ -84,30 +87,35 @@ def search(
         raise InvalidInput(f"candidates is {candidates}; it goes with `bits` and must be at least k = {k}.")
     scorer = _Scorer(store, queries, metric, modules, bits)
     wanted = k if candidates is None else candidates
-    blocks = ((start, b.scores, b.errors, b.exact) for start, b in scorer.sweep(block_rows, threads))
-    if candidates is None:
-        return top_and_bottom(len(queries), wanted, blocks)
-    top, bottom = _sweep(len(queries), wanted, blocks)
-    fine = _Scorer(store, queries, metric, modules)
-    top.rank_again(k, fine.exact)
-    bottom.rank_again(k, lambda query, rows: -fine.exact(query, rows))
+    blocks = ((start, b.scores, b.errors) for start, b in scorer.sweep(block_rows, threads))
+    top, bottom = _sweep(len(queries), wanted, blocks, scorer.exact)
+    if candidates is not None:
+        fine = _Scorer(store, queries, metric, modules)
+        top.rank_again(k, fine.exact)
+        bottom.rank_again(k, lambda queries, rows: -fine.exact(queries, rows))
     return _result(top, bottom)
 
 
 def top_and_bottom(queries: int, k: int, blocks: Iterable[ScoredRows]) -> SearchResult:
-    """The result of a sweep over blocks in row order."""
-    return _result(*_sweep(queries, k, blocks))
+    """The result of a sweep over blocks of exact scores in row order."""
+
+    def exact(which: I64, rows: I64) -> F32:
+        raise AssertionError(f"scores of rows {rows} for queries {which} came without errors and were asked for again")
+
+    return _result(*_sweep(queries, k, blocks, exact))
 
 
-def _sweep(queries: int, k: int, blocks: Iterable[ScoredRows]) -> tuple[_Best, _Best]:
-    top, bottom = _Best(queries, k), _Best(queries, k)
-    for start, scores, errors, exact in blocks:
-        top.add(start, scores, errors, exact)
-        bottom.add(start, -scores, errors, lambda query, rows, exact=exact: -exact(query, rows))
+def _sweep(queries: int, k: int, blocks: Iterable[ScoredRows], exact: Exact) -> tuple[Best, Best]:
+    top, bottom = Best(queries, k, exact), Best(queries, k, lambda which, rows: -exact(which, rows))
+    for start, scores, errors in blocks:
+        top.add(start, scores, errors)
+        bottom.add(start, -scores, errors)
+    for best in (top, bottom):
+        best.finish()
     return top, bottom
 
 
-def _result(top: _Best, bottom: _Best) -> SearchResult:
+def _result(top: Best, bottom: Best) -> SearchResult:
     return SearchResult(top.rows, top.scores, bottom.rows, -bottom.scores + 0)  # + 0: no negative zeros
 
 
@@ -127,7 +135,7 @@ def scores(
 
     Rows of missing shards in a partial store are NaN.
     """
-    scorer = _Scorer(store, queries, metric, modules)
+    scorer = _Scorer(store, queries, metric, modules, filtering=False)
     out = np.full((len(queries), store.rows), np.nan, np.float32)
     for start, block in scorer.sweep(block_rows, threads):
         out[:, start : start + block.scores.shape[1]] = block.scores
@@ -136,11 +144,10 @@ def scores(
 
 @dataclass(frozen=True, slots=True)
 class _ScoredBlock:
-    """GEMM scores [q, n], a bound [q, n] on their error, and float64 scores of chosen rows rounded to float32."""
+    """GEMM scores [q, n] and a bound [q, n] on their error."""
 
     scores: F32
     errors: F32
-    exact: Callable[[int, I64], F32]
 
 
 class _Scorer:
@@ -153,6 +160,8 @@ class _Scorer:
         metric: str,
         modules: Sequence[str] | None,
         bits: int | None = None,
+        *,
+        filtering: bool = True,
     ) -> None:
         self._store = store
         self._bits = _check_bits(store, bits)
@@ -171,6 +180,12 @@ class _Scorer:
         # Higham and Mary 2019: rounding errors of a length-n sum grow like sqrt(n) u, not n u; 4 sqrt(n) is generous
         self._relative = (4 * width**0.5 + 8) * 2.0**-24
         self._step = max(16, _BLOCK_BYTES // (4 * max(width, len(chosen), 1)))
+        self._lost: F64 = np.zeros(len(chosen))
+        if filtering and len(chosen) and width and (fast := self._torch_products()) is not None:
+            self._products, self._step, self._lost = fast, fast.step, fast.error
+            self._relative *= 4  # its sums cancel a constant part
+        else:
+            self._products = self._numpy_products
 
     def sweep(self, block_rows: int | None, threads: int | None) -> Iterator[tuple[int, _ScoredBlock]]:
         """First row and scores of one block after the other, in row order."""
@@ -187,43 +202,61 @@ class _Scorer:
         with one_blas_thread():
             yield from in_order((partial(self._score, block) for block in blocks), threads or cores())
 
-    def exact(self, query: int, rows: I64) -> F32:
-        """Exact scores of rows from anywhere in the store."""
-        out = np.empty(len(rows), np.float32)
-        for place in np.argsort(rows, kind="stable").tolist():
-            block = self._store.one(int(rows[place]))
-            out[place] = self._exact_scores(query, block.values(self._modules, self._bits))[0]
-        return out
+    def _numpy_products(self, tensors: Mapping[str, Stored]) -> F32:
+        return self._store.layout.products(tensors, self._queries, self._modules, self._bits, self._scratch)
 
-    def _exact_scores(self, query: int, values: F32) -> F32:
-        picked = values.astype(np.float64)
-        dot = (picked * self._exact[query]).sum(axis=1)
-        if self._cos:
-            lengths = self._norms[query] * np.sqrt(np.multiply(picked, picked, out=picked).sum(axis=1))
-            dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
-        return dot.astype(np.float32)
+    def _torch_products(self) -> FloatProducts | PlaneProducts | None:
+        torch, layout = loaded_torch(), self._store.layout
+        if torch is None:
+            return None
+        if layout.bits is None:
+            return FloatProducts(torch, layout, self._queries, self._modules)
+        if not has_int8_gemm(torch):
+            return None
+        return PlaneProducts(torch, layout, self._queries, self._modules, self._bits)
+
+    def exact(self, queries: I64, rows: I64) -> F32:
+        """Float64 scores of pairs of a query and a row, rounded to float32; each row is decoded once or twice."""
+        out = np.empty(len(rows), np.float32)
+        order = np.argsort(rows, kind="stable")
+        shards = rows[order] // self._store.manifest.rows_per_shard
+        cuts = np.flatnonzero(np.diff(shards)) + 1
+        for of_shard in np.split(order, cuts) if len(order) else ():
+            block = self._store.shard(int(rows[of_shard[0]]) // self._store.manifest.rows_per_shard)
+            for some in np.array_split(of_shard, -(-len(of_shard) // _EXACT_ROWS)):
+                distinct, which = np.unique(rows[some] - block.start, return_inverse=True)
+                values = block.values(self._modules, self._bits, distinct).astype(np.float64)
+                dot = (values[which] * self._exact[queries[some]]).sum(axis=1)
+                if self._cos:
+                    norms = np.sqrt(np.multiply(values, values).sum(axis=1))
+                    lengths = self._norms[queries[some]] * norms[which]
+                    dot = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
+                out[some] = dot.astype(np.float32)
+        return out
 
     def _score(self, block: Block) -> tuple[int, _ScoredBlock]:
         norm = block.norm  # of whole rows with all their bits; it bounds that of some modules, which is all `dot` needs
         if self._bits is not None or (self._cos and self._modules is not None):
             norm = _norms(block.values(self._modules, self._bits))
         with np.errstate(over="ignore", invalid="ignore"):
-            result = block.products(self._queries, self._modules, self._bits, self._scratch).T
+            result = self._products(block.tensors)
             if self._cos:
-                result = np.divide(result, norm, out=np.zeros_like(result), where=norm > 0)
+                result = np.divide(result, norm[:, None], out=np.zeros_like(result), where=norm[:, None] > 0)
+            result = np.ascontiguousarray(result.T)
         if not np.isfinite(result).all():
             rows = f"{block.start}..{block.stop - 1}"
             raise InvalidInput(f"Scores of rows {rows} overflow float32. Scale the queries down.")
-        if self._cos:
-            errors = np.broadcast_to(np.where((norm > 0) & (norm < _TINY), np.inf, self._relative), result.shape)
+        tiny = (norm > 0) & (norm < _TINY)
+        if self._cos:  # the queries have length 1 here
+            reach = np.where(self._norms > 0, self._relative + self._lost, 0).astype(np.float32)
+            errors = np.broadcast_to(reach[:, None], result.shape)
         else:
-            bound = np.where((norm > 0) & (norm < _TINY), np.inf, self._relative * norm.astype(np.float64))
-            errors = np.where(self._norms[:, None] > 0, self._norms[:, None] * bound, 0)
+            reach = self._relative * self._norms + self._lost
+            errors = (reach[:, None] * norm).astype(np.float32)
+        if tiny.any():  # float32 lost track of these
+            errors = np.where(tiny & (self._norms > 0)[:, None], np.float32(np.inf), errors)
 
-        def exact(query: int, rows: I64) -> F32:
-            return self._exact_scores(query, block.values(self._modules, self._bits, rows))
-
-        return block.start, _ScoredBlock(result, errors.astype(np.float32), exact)
+        return block.start, _ScoredBlock(result, errors)
 
 
 def _check_bits(store: GradientStore, bits: int | None) -> int | None:
@@ -261,48 +294,3 @@ def _norms(values: F32) -> F32:
     if odd.any():
         norms[odd] = np.linalg.norm(values[odd].astype(np.float64), axis=1)
     return norms
-
-
-class _Best:
-    """The k largest exact scores seen so far, per query, with their rows; blocks come in row order."""
-
-    def __init__(self, queries: int, k: int) -> None:
-        self._k = k
-        self.rows = np.empty((queries, 0), np.int64)
-        self.scores = np.empty((queries, 0), np.float32)
-
-    def add(self, start: int, scores: F32, errors: F32, exact: Callable[[int, I64], F32]) -> None:
-        """Take in the next block: GEMM scores [q, n] right to within `errors`, and the way to exact ones."""
-        size = self.scores.shape[1]
-        grown = min(self._k, size + scores.shape[1])
-        if grown == 0:
-            return
-        upper = scores + errors
-        old_rows, old_scores = self.rows, self.scores
-        if size < grown:
-            self.rows = np.empty((len(scores), grown), np.int64)
-            self.scores = np.empty((len(scores), grown), np.float32)
-            touched = np.arange(len(scores))
-        else:  # later rows lose ties, so only what may be strictly larger can enter
-            touched = np.flatnonzero((upper > old_scores[:, -1:]).any(axis=1))
-        for query in touched.tolist():
-            floor = _kth_largest(scores[query] - errors[query], grown)
-            if size == grown:
-                floor = max(floor, np.nextafter(old_scores[query, -1], np.float32(np.inf)))
-            near = np.flatnonzero(upper[query] >= floor)
-            rows = np.concatenate([old_rows[query], start + near])
-            values = np.concatenate([old_scores[query], exact(query, near)])
-            order = np.argsort(-values, kind="stable")[:grown]  # earlier rows stand first, so ties keep row order
-            self.rows[query], self.scores[query] = rows[order], values[order]
-
-    def rank_again(self, k: int, exact: Callable[[int, I64], F32]) -> None:
-        """Keep the k best by another score."""
-        for query, rows in enumerate(self.rows):
-            scores = exact(query, rows)
-            order = np.lexsort((rows, -scores))
-            self.rows[query], self.scores[query] = rows[order], scores[order]
-        self.rows, self.scores = self.rows[:, :k].copy(), self.scores[:, :k].copy()
-
-
-def _kth_largest(scores: F32, k: int) -> float:
-    return -np.inf if len(scores) <= k else float(np.partition(scores, len(scores) - k)[len(scores) - k])

@@ -47,6 +47,11 @@ class Block:
         picked = self._tensors if rows is None else {name: self._tensors[name][rows] for name in self._layout.shapes}
         return self._layout.decode(picked, modules, bits)
 
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """The encoded rows, over the memory map."""
+        return self._tensors
+
     def products(self, queries: F32, modules: Sequence[int] | None, bits: int | None, scratch: Scratch) -> F32:
         """`values(modules, bits) @ queries`, float32 [n, q], but faster."""
         return self._layout.products(self._tensors, queries, modules, bits, scratch)
@@ -194,10 +199,9 @@ class GradientStore:
                 read_ahead(self.path / shard_file(following))
             yield self._shard_block(shard, keep=False)
 
-    def one(self, index: int) -> Block:
-        """Row `index` as it lies in the memory map."""
-        index = self._index(index)
-        return self._shard_block(index // self.manifest.rows_per_shard).cut(index, index + 1)
+    def shard(self, number: int) -> Block:
+        """The rows of one shard as they lie in the memory map, which is kept open for the next call."""
+        return self._shard_block(number)
 
     def select(self, modules: Sequence[str] | None) -> list[int] | None:
         """Positions of the named modules; None means all."""

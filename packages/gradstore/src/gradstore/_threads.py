@@ -8,6 +8,7 @@ other work too.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,7 +57,7 @@ def one_blas_thread() -> Generator[None]:
     global _users, _restore
     with _lock:
         if _users == 0:
-            _restore = _controller().limit(limits=1, user_api="blas").restore_original_limits
+            _restore = _limit_all()
         _users += 1
     try:
         yield
@@ -66,6 +67,21 @@ def one_blas_thread() -> Generator[None]:
             if _users == 0 and _restore is not None:
                 _restore()
                 _restore = None
+
+
+def _limit_all() -> Callable[[], None]:
+    restore = _controller().limit(limits=1, user_api="blas").restore_original_limits
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "set_num_threads"):
+        return restore
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def restore_both() -> None:
+        restore()
+        torch.set_num_threads(threads)
+
+    return restore_both
 
 
 @lru_cache(maxsize=1)
