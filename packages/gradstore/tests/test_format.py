@@ -67,6 +67,17 @@ def test_every_sentence_has_a_test_and_every_test_a_sentence():
     assert len(sentences) > 40
 
 
+@pytest.mark.skipif(not DOCS.exists(), reason="the page lies in the repository, not in the wheel")
+def test_every_line_of_what_goes_wrong_has_its_test():
+    table = DOCS.read_text().split("## What goes wrong")[1].split("\n## ")[0]
+    named = re.findall(r"\| `(\w+)` \|$", table, re.MULTILINE)
+    assert len(named) == len(re.findall(r"^\| (?!what happened)\w", table, re.MULTILINE)) > 15
+    there = {
+        m for file in Path(__file__).parent.glob("test_*.py") for m in re.findall(r"def test_(\w+)", file.read_text())
+    }
+    assert set(named) <= there
+
+
 def test_a1_files(store):
     files = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
     shards = {f"shards/0000{i}.safetensors" for i in range(4)}

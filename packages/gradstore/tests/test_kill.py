@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-
-import pytest
 
 from gradstore import verify
 
@@ -121,9 +120,10 @@ def test_killed_twice(tmp_path):
     assert sum(run["killed"] for result in results for run in result["runs"]) > 40
 
 
-@pytest.mark.parametrize("trials", [24])
-def test_killed_at_random_moments(tmp_path, trials):
+def test_killed_at_random_moments(tmp_path):
+    """24 stores, each killed up to twice; `GRADSTORE_KILLS=100` kills that many."""
+    trials = int(os.environ.get("GRADSTORE_KILLS", "24"))
     results = harness(tmp_path, "random", trials)
     assert_nothing_lost(results)
-    assert sum(run["killed"] for result in results for run in result["runs"]) >= 20
+    assert sum(run["killed"] for result in results for run in result["runs"]) >= trials * 0.8
     assert len({run["finished"] for result in results for run in result["runs"]}) > 3  # kills fell all over the build

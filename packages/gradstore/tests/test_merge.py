@@ -134,7 +134,7 @@ def test_a_killed_merge_is_continued(tmp_path, arrays, write, folder_bytes):
     ]
     whole = folder_bytes(merge(parts, tmp_path / "whole").path)
     killed = 0
-    for step in (1, 4, 8, 13, 21, 30, 38, 45, 52):
+    for step in range(1, 64) if "GRADSTORE_KILLS" in os.environ else (1, 4, 8, 13, 21, 30, 38, 45, 52):
         target = tmp_path / str(step)
         command = [sys.executable, "-c", KILLED_MERGE, str(step), target, *parts]
         killed += subprocess.run(command, check=False).returncode == -signal.SIGKILL

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from gradstore import GradientStore, InvalidInput, StoreWriter, scores, search
+from gradstore import GradientStore, InvalidInput, RowTransform, StoreWriter, scores, search
 
 
 def reference(store: GradientStore, queries, k, metric="dot", modules=None):
@@ -222,3 +222,38 @@ def test_near_ties_that_a_float32_sum_can_not_tell_apart(tmp_path, make, write, 
         assert_same(
             search(store, queries, 25, metric=metric, block_rows=block_rows), reference(store, queries, 25, metric)
         )
+
+
+@pytest.mark.parametrize("metric", ["dot", "cos"])
+@pytest.mark.parametrize("modules", [None, ["b"]])
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_transform_comes_before_the_normalisation_on_both_sides(tmp_path, make, write, metric, modules, dtype):
+    arrays = make(200, 12)
+    arrays.rows[60] = arrays.rows[130]
+    store = GradientStore.open(write(tmp_path / "s", arrays, columns={"a": 4, "b": 8}, rows_per_shard=64, dtype=dtype))
+    rng = np.random.default_rng(1)
+    queries = rng.standard_normal((3, 12)).astype(np.float32)
+    width = 12 if modules is None else 8
+    root = rng.standard_normal((width, width)).astype(np.float32)
+    transform = RowTransform("a root", lambda rows: rows @ root)
+    rows = store.block(0, 200, modules).astype(np.float64) @ root
+    asked = (queries if modules is None else queries[:, 4:]).astype(np.float64) @ root
+    exact = asked @ rows.T
+    if metric == "cos":
+        exact /= np.linalg.norm(asked, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
+    options = {"metric": metric, "modules": modules, "transform": transform}
+    found = search(store, queries, 5, **options)
+    np.testing.assert_array_equal(found.top_rows, np.argsort(-exact, axis=1, kind="stable")[:, :5])
+    np.testing.assert_allclose(found.bottom_scores, np.sort(exact, axis=1)[:, :5], rtol=1e-4)
+    np.testing.assert_allclose(scores(store, queries, **options), exact, rtol=1e-3, atol=1e-3)
+    other = search(store, queries, 5, block_rows=17, threads=1, **options)
+    np.testing.assert_array_equal(found.top_scores, other.top_scores)
+
+
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [(lambda rows: rows[:1], "expected a row each"), (lambda rows: rows * np.nan, "not finite")],
+)
+def test_a_bad_transform_is_refused(store, apply, message):
+    with pytest.raises(InvalidInput, match=message):
+        search(store, np.ones((2, 12), np.float32), 3, transform=RowTransform("bad", apply))

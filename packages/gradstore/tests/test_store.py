@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from gradstore import GradientStore, InvalidInput, StoreIncomplete, StoreNotFound, StoreWriter, info, verify
+from gradstore import GradientStore, InvalidInput, StoreIncomplete, StoreNotFound, StoreWriter, info, search, verify
 from gradstore._encodings import Layout
 
 
@@ -73,6 +73,24 @@ def test_zero_rows_and_one_row(tmp_path, make, write):
         assert store.side("loss").shape == (count,)
         assert verify(path).ok
         assert info(path).rows == count
+
+
+def test_ten_million_rows_of_side_columns(tmp_path, plan):
+    rows, per_shard = 10**7, 2**21
+    loss = np.arange(per_shard, dtype=np.float32)
+    with StoreWriter.create(
+        tmp_path / "s", rows=rows, columns={}, plan=plan, data=False, side_columns=("loss",), rows_per_shard=per_shard
+    ) as writer:
+        for shard, start, stop in writer.pending:
+            writer.write(shard, np.empty((stop - start, 0), np.float32), {"loss": loss[: stop - start] + shard})
+    store = GradientStore.open(tmp_path / "s")
+    assert (len(store), store.width) == (rows, 0)
+    side = store.side("loss")
+    np.testing.assert_array_equal(side[[0, per_shard, rows - 1]], [0, 1, (rows - 1) % per_shard + 4])
+    found = search(store, np.empty((1, 0), np.float32), 2)
+    np.testing.assert_array_equal(found.top_rows, [[0, 1]])
+    np.testing.assert_array_equal(found.bottom_scores, [[0, 0]])
+    assert verify(tmp_path / "s").ok
 
 
 def test_text_of_every_kind_survives(tmp_path, plan):

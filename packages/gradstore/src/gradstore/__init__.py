@@ -13,12 +13,12 @@ from gradstore._errors import (
     StoreUnreadable,
     StoreUnwritable,
 )
-from gradstore._faiss import FaissConfig, FaissIndex, RowTransform
+from gradstore._faiss import FaissConfig, FaissIndex
 from gradstore._manifest import Side
 from gradstore._merge import merge
 from gradstore._repair import RepairReport, repair
 from gradstore._score_store import ScoreStore
-from gradstore._search import SearchResult, scores, search
+from gradstore._search import RowTransform, SearchResult, scores, search
 from gradstore._store import GradientStore
 from gradstore._verify import StoreInfo, VerifyReport, info, verify
 from gradstore._writer import StoreWriter

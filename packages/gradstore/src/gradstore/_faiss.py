@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gradstore._encodings import F32
 from gradstore._errors import GradStoreError, InvalidInput, StoreIncomplete
 from gradstore._files import checksum, write_atomic, write_errors
-from gradstore._search import I64, Metric, SearchResult, check_queries
+from gradstore._search import I64, Metric, RowTransform, SearchResult, check_queries
 from gradstore._store import GradientStore
 
 
@@ -43,17 +43,6 @@ class FaissConfig:
     batch_size: int = 1024
     num_shards: int = 1
     nprobe: int = 10
-
-
-@dataclass(frozen=True, slots=True)
-class RowTransform:
-    """A map of rows, such as H^-1/2, to apply to rows and queries alike before any normalisation.
-
-    `name` must say all that the map depends on (the curvature's hash, its damping): the index is cached under it.
-    """
-
-    name: str
-    apply: Callable[[F32], F32]
 
 
 class FaissIndex:

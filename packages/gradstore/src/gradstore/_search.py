@@ -7,7 +7,7 @@ is cut, and equal rows tie.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -31,8 +31,24 @@ I64 = NDArray[np.int64]
 ScoredRows = tuple[int, F32, F32]
 
 _BLOCK_BYTES: Final = 4 << 20  # decoded float32 block: large enough for GEMM speed, small enough to stay in cache
-_EXACT_ROWS: Final = 256  # decoded at a time to be scored again
+_EXACT_BYTES: Final = 16 << 20  # of rows in float64 that are scored again at a time
 _TINY: Final = 1e-30  # norms below have squares and products that leave float32's normal range
+
+
+@dataclass(frozen=True, slots=True)
+class RowTransform:
+    """A map of rows, such as H^-1/2, to apply to rows and queries alike before any normalisation.
+
+    Example:
+        >>> whiten = RowTransform("H^-1/2 of 3f9a, damping .1", lambda rows: rows @ root)
+        >>> search(store, queries, 5, metric="cos", transform=whiten)
+
+    `apply` takes float32 [n, d] of the chosen modules and gives float32 [n, d'], each row on its own. `name` must say
+    all that the map depends on (the curvature's hash, its damping): an index of FAISS is cached under it.
+    """
+
+    name: str
+    apply: Callable[[F32], F32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,7 @@ def search(
     *,
     metric: Metric = "dot",
     modules: Sequence[str] | None = None,
+    transform: RowTransform | None = None,
     bits: int | None = None,
     candidates: int | None = None,
     block_rows: int | None = None,
@@ -73,6 +90,8 @@ def search(
         k: Hits per query and side; more than there are rows gives all rows.
         metric: `dot`, or `cos`: the dot product over both norms, each over the chosen modules; 0 for a zero vector.
         modules: Restrict the score to these modules.
+        transform: Map rows and queries first, as H^-1/2 does; cosines are then those of the mapped vectors. For `dot`
+            alone it is cheaper to map the queries once, by H^-1.
         bits: Read only the first 1, 2 or 4 bit planes of a store that has more: faster, coarser.
         candidates: With `bits`: take this many rows per query and side from the coarse scan and rank them again with
             all planes. Without it the coarse scores themselves are returned.
@@ -85,12 +104,12 @@ def search(
         raise InvalidInput(f"k is {k}; ask for 0 hits or more.")
     if candidates is not None and (bits is None or candidates < k):
         raise InvalidInput(f"candidates is {candidates}; it goes with `bits` and must be at least k = {k}.")
-    scorer = _Scorer(store, queries, metric, modules, bits)
+    scorer = _Scorer(store, queries, metric, modules, bits, transform=transform)
     wanted = k if candidates is None else candidates
     blocks = ((start, b.scores, b.errors) for start, b in scorer.sweep(block_rows, threads))
     top, bottom = _sweep(len(queries), wanted, blocks, scorer.exact)
     if candidates is not None:
-        fine = _Scorer(store, queries, metric, modules)
+        fine = _Scorer(store, queries, metric, modules, transform=transform)
         top.rank_again(k, fine.exact)
         bottom.rank_again(k, lambda queries, rows: -fine.exact(queries, rows))
     return _result(top, bottom)
@@ -125,6 +144,7 @@ def scores(
     *,
     metric: Metric = "dot",
     modules: Sequence[str] | None = None,
+    transform: RowTransform | None = None,
     block_rows: int | None = None,
     threads: int | None = None,
 ) -> F32:
@@ -135,7 +155,7 @@ def scores(
 
     Rows of missing shards in a partial store are NaN.
     """
-    scorer = _Scorer(store, queries, metric, modules, filtering=False)
+    scorer = _Scorer(store, queries, metric, modules, filtering=False, transform=transform)
     out = np.full((len(queries), store.rows), np.nan, np.float32)
     for start, block in scorer.sweep(block_rows, threads):
         out[:, start : start + block.scores.shape[1]] = block.scores
@@ -162,8 +182,10 @@ class _Scorer:
         bits: int | None = None,
         *,
         filtering: bool = True,
+        transform: RowTransform | None = None,
     ) -> None:
         self._store = store
+        self._transform = transform
         self._bits = _check_bits(store, bits)
         self._scratch = Scratch()
         self._cos = metric == "cos"
@@ -171,6 +193,9 @@ class _Scorer:
         chosen = check_queries(store, queries, metric)
         if self._modules is not None:
             chosen = np.concatenate([chosen[:, store.layout.slices[m]] for m in self._modules], axis=1)
+        stored = chosen.shape[1]
+        if transform is not None:
+            chosen = _mapped(transform, chosen)
         self._exact = chosen.astype(np.float64)
         self._norms = np.sqrt((self._exact * self._exact).sum(axis=1))
         if self._cos:
@@ -179,9 +204,13 @@ class _Scorer:
         width = chosen.shape[1]
         # Higham and Mary 2019: rounding errors of a length-n sum grow like sqrt(n) u, not n u; 4 sqrt(n) is generous
         self._relative = (4 * width**0.5 + 8) * 2.0**-24
-        self._step = max(16, _BLOCK_BYTES // (4 * max(width, len(chosen), 1)))
+        self._step = max(16, _BLOCK_BYTES // (4 * max(width, stored, len(chosen), 1)))
+        self._together = max(1, _EXACT_BYTES // (8 * max(width, stored, 1)))
         self._lost: F64 = np.zeros(len(chosen))
-        if filtering and len(chosen) and width and (fast := self._torch_products()) is not None:
+        if transform is not None:
+            self._products = self._numpy_products
+            self._relative *= 64  # the map rounds too, by its condition number times as much
+        elif filtering and len(chosen) and width and (fast := self._torch_products()) is not None:
             self._products, self._step, self._lost = fast, fast.step, fast.error
             self._relative *= 4  # its sums cancel a constant part
         else:
@@ -223,9 +252,12 @@ class _Scorer:
         cuts = np.flatnonzero(np.diff(shards)) + 1
         for of_shard in np.split(order, cuts) if len(order) else ():
             block = self._store.shard(int(rows[of_shard[0]]) // self._store.manifest.rows_per_shard)
-            for some in np.array_split(of_shard, -(-len(of_shard) // _EXACT_ROWS)):
+            for some in np.array_split(of_shard, -(-len(of_shard) // self._together)):
                 distinct, which = np.unique(rows[some] - block.start, return_inverse=True)
-                values = block.values(self._modules, self._bits, distinct).astype(np.float64)
+                values = block.values(self._modules, self._bits, distinct)
+                if self._transform is not None:  # one by one: a row's score must not depend on those beside it
+                    values = np.concatenate([_mapped(self._transform, row[None]) for row in values])
+                values = values.astype(np.float64)
                 dot = (values[which] * self._exact[queries[some]]).sum(axis=1)
                 if self._cos:
                     norms = np.sqrt(np.multiply(values, values).sum(axis=1))
@@ -236,10 +268,14 @@ class _Scorer:
 
     def _score(self, block: Block) -> tuple[int, _ScoredBlock]:
         norm = block.norm  # of whole rows with all their bits; it bounds that of some modules, which is all `dot` needs
-        if self._bits is not None or (self._cos and self._modules is not None):
+        mapped: F32 | None = None
+        if self._transform is not None:
+            mapped = _mapped(self._transform, block.values(self._modules, self._bits))
+            norm = _norms(mapped)
+        elif self._bits is not None or (self._cos and self._modules is not None):
             norm = _norms(block.values(self._modules, self._bits))
         with np.errstate(over="ignore", invalid="ignore"):
-            result = self._products(block.tensors)
+            result = self._products(block.tensors) if mapped is None else mapped @ self._queries
             if self._cos:
                 result = np.divide(result, norm[:, None], out=np.zeros_like(result), where=norm[:, None] > 0)
             result = np.ascontiguousarray(result.T)
@@ -255,8 +291,17 @@ class _Scorer:
             errors = (reach[:, None] * norm).astype(np.float32)
         if tiny.any():  # float32 lost track of these
             errors = np.where(tiny & (self._norms > 0)[:, None], np.float32(np.inf), errors)
-
         return block.start, _ScoredBlock(result, errors)
+
+
+def _mapped(transform: RowTransform, rows: F32) -> F32:
+    """The map's image of rows [n, d], or what is wrong with it."""
+    found = np.ascontiguousarray(transform.apply(rows), np.float32)
+    if found.ndim != 2 or len(found) != len(rows):
+        raise InvalidInput(f"The transform {transform.name!r} made {found.shape} of {rows.shape}; expected a row each.")
+    if not np.isfinite(found).all():
+        raise InvalidInput(f"The transform {transform.name!r} made values that are not finite of rows that are.")
+    return found
 
 
 def _check_bits(store: GradientStore, bits: int | None) -> int | None:

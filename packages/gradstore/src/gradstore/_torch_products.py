@@ -23,7 +23,7 @@ from gradstore._scratch import Scratch
 F64 = NDArray[np.float64]
 
 _CACHE_BYTES: Final = 1 << 20
-_CHUNK: Final = 1 << 15  # columns of an int8 GEMM: 2^15 products of 2^14 fit int32 twice over
+_CHUNK: Final = 1 << 15  # columns of a GEMM: 2^15 products of 2^14 fit int32 twice over, and 16 rows the cache
 
 
 def loaded_torch() -> Any:
@@ -55,7 +55,11 @@ class FloatProducts:
         slices = [slice(0, layout.width)] if modules is None else [layout.slices[module] for module in modules]
         starts = np.cumsum([0, *(part.stop - part.start for part in slices)]).tolist()
         whole = torch.from_numpy(queries)
-        self._parts = [(part, whole[a:b].contiguous()) for part, (a, b) in zip(slices, pairwise(starts))]
+        self._parts = [
+            (slice(part.start + first, part.start + last), whole[a + first : a + last].contiguous())
+            for part, (a, b) in zip(slices, pairwise(starts))
+            for first, last in pairwise([*range(0, b - a, _CHUNK), b - a])
+        ]
         self._scratch = Scratch()
 
     def __call__(self, tensors: Mapping[str, Stored]) -> F32:
