@@ -69,7 +69,9 @@ def test_exclusion_and_mixing_are_decided_when_reading(tmp_path):
 def test_appending_continues_and_mismatches_are_refused(tmp_path):
     assert len(build(tmp_path, max_batches=3)) == 3
     stamp = (tmp_path / "layers.1" / "00000001.npy").stat().st_mtime_ns
-    assert len(build(tmp_path)) == 16
+    told = []
+    assert len(build(tmp_path, progress=lambda *each: told.append(each))) == 16
+    assert told == [("computing activations", done, 16) for done in range(3, 17)]
     assert (tmp_path / "layers.1" / "00000001.npy").stat().st_mtime_ns == stamp
     for change, message in [
         ({"batch_size": 8}, "first_batch=|batch_size=4"),

@@ -26,6 +26,7 @@ from sparsify import _hooks
 from sparsify._config import TrainConfig
 from sparsify._errors import CheckpointError, ConfigError, DataError, FormatError, HookpointError
 from sparsify._files import safe_name, write_json
+from sparsify._progress import Stages, silent
 from sparsify._source import OnTheFly, Pair
 
 MANIFEST, CACHE_FORMAT = "manifest.json", 1
@@ -41,6 +42,7 @@ def build_cache(
     pairs: bool = False,
     max_batches: int | None = None,
     recipe: dict[str, Any] | None = None,
+    progress: Stages = silent,
 ) -> ActivationCache:
     """Compute and keep the activations of a dataset, or go on doing so.
 
@@ -55,6 +57,7 @@ def build_cache(
         pairs: keep inputs as well as outputs, for transcoders.
         max_batches: stop early.
         recipe: how model and data came about, kept in the manifest.
+        progress: called with the stage, batches done, and of how many.
     """
     root = Path(folder)
     names = _hooks.find_hookpoints(model, hookpoints)
@@ -80,6 +83,7 @@ def build_cache(
     total = len(source) if max_batches is None else min(max_batches, len(source))
     with _hooks.frozen(model):
         for index in range(manifest["batches"], total):
+            progress("computing activations", index, total)
             _write_array(root / "tokens" / _name(index), source.tokens(index).cpu().numpy().astype(np.int32))
             for name, pair in source.batch(index).items():
                 _write_array(root / safe_name(name) / _name(index), _words(pair.y))
@@ -87,6 +91,7 @@ def build_cache(
                     _write_array(root / name / _name(index, ".in"), _words(pair.x))
             manifest["batches"] = index + 1
             write_json(root / MANIFEST, manifest)
+        progress("computing activations", max(manifest["batches"], total), total)
     return ActivationCache(root)
 
 

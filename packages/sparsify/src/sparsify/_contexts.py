@@ -17,6 +17,7 @@ from sparsify import _hooks
 from sparsify._coder import SparseCoder
 from sparsify._errors import ConfigError, DataError
 from sparsify._evaluate import evaluating
+from sparsify._progress import Stages, silent
 from sparsify._source import OnTheFly
 
 
@@ -73,6 +74,7 @@ def top_contexts(
     batch_size: int = 8,
     max_batches: int | None = None,
     seed: int = 0,
+    progress: Stages = silent,
 ) -> dict[str, list[Latent]]:
     """The latents of each coder with their strongest contexts.
 
@@ -80,7 +82,7 @@ def top_contexts(
     >>> tokenizer.decode(found["layers.3"][0].contexts[0].tokens)  # doctest: +SKIP
 
     Args:
-        model, coders, dataset, batch_size, max_batches: as for `evaluate`.
+        model, coders, dataset, batch_size, max_batches, progress: as for `evaluate`.
         latents: which; by default ``sample`` of those that fired, drawn with ``seed`` and sorted by frequency.
         contexts: windows a latent.
         before, after: tokens of the window on either side of the strongest.
@@ -104,6 +106,7 @@ def top_contexts(
             for name, hook in hooks.items():
                 acts, indices = _code(coders[name], batch[hook])
                 best[name].add(acts, indices, index * batch_size, length)
+            progress("searching contexts", index + 1, batches)
         found: dict[str, list[Latent]] = {}
         for name, coder in coders.items():
             chosen = best[name].chosen(latents, sample, seed)

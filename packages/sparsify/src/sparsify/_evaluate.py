@@ -30,6 +30,7 @@ from sparsify._coder import SparseCoder
 from sparsify._end_to_end import logits_of
 from sparsify._errors import DataError
 from sparsify._files import write_json
+from sparsify._progress import Stages, silent
 from sparsify._source import OnTheFly
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def evaluate(
     batch_size: int = 8,
     max_batches: int | None = None,
     exclude: Sequence[int] = (),
+    progress: Stages = silent,
 ) -> Evaluation:
     """Evaluate coders, by hookpoint, on rows of tokens.
 
@@ -149,6 +151,7 @@ def evaluate(
         dataset: see `sparsify.data.token_rows`.
         max_batches: stop early.
         exclude: token ids at whose positions activations are neither judged nor replaced.
+        progress: called with the stage, batches done, and of how many.
 
     Raises:
         DataError: no rows, or no token left.
@@ -170,6 +173,7 @@ def evaluate(
             for name, hook in hooks.items():
                 pair = batch[hook]
                 sums[name].add((pair.x if coders[name].cfg.transcode else pair.y)[keep].float(), pair.y[keep].float())
+            progress("reconstructing", index + 1, batches)
         reconstruction = {name: s.result() for name, s in sums.items()}
         whole = _model_latency(model, source, min(batches, 5))
         latency = {name: Latency(*s.latency(), whole) for name, s in sums.items()}
@@ -177,7 +181,7 @@ def evaluate(
         if not _has_logits(model, source.tokens(0)):
             return bare
         means = {hook: sums[name].mean() for name, hook in hooks.items()}
-        return _with_grafts(bare, model, coders, hooks, source, batches, skip, means)
+        return _with_grafts(bare, model, coders, hooks, source, batches, skip, means, progress)
 
 
 def _with_grafts(
@@ -189,6 +193,7 @@ def _with_grafts(
     batches: int,
     skip: Tensor,
     means: Mapping[str, Tensor],
+    progress: Stages,
 ) -> Evaluation:
     plans: dict[tuple[str, str], dict[str, Replacement]] = {}
     for name, hook in hooks.items():
@@ -208,6 +213,7 @@ def _with_grafts(
         for key, replacements in plans.items():
             with _hooks.spliced(model, {hook: _only(keep, f) for hook, f in replacements.items()}):
                 totals[key] += compare(clean, logits_of(_hooks.call(model, tokens)), tokens).cpu()
+        progress("grafting", index + 1, batches)
     grafts = {key: Graft(*(total / count).tolist()) for key, total in totals.items()}
     kinds = {kind: {n: g for (k, n), g in grafts.items() if k == kind} for kind in ("grafted", "zero", "mean")}
     ce = clean_ce / count

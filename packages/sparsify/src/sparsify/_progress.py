@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+Stages = Callable[[str, int, int], None]
+"""Called with what is being done, batches done, and of how many."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """A progress bar on stderr for each stage of a longer command, with batches per second and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, tuple[TaskID, float, int]] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                # What a resumed command finds done took it no time.
+                tasks[stage] = progress.add_task(stage, total=total, speed=""), time.perf_counter(), done
+            task, since, before = tasks[stage]
+            speed = (done - before) / max(time.perf_counter() - since, 1e-9)
+            progress.update(task, completed=done, speed=f"{speed:.2f} batches/s" if done > before else "")
+
+        yield advance
 
 
 class Terminal:

@@ -178,12 +178,15 @@ def evaluate_command(
         from sparsify._evaluate import evaluate
         from sparsify._files import load_many
         from sparsify._plots import plot_evaluation
+        from sparsify._progress import stages
 
         artifacts = Artifacts(**options)
         loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
         found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
         exclude = _load.special_ids(model, artifacts.revision, artifacts.hf_token) if artifacts.exclude_special else ()
-        result = evaluate(loaded, found, rows, batch_size=batch_size, max_batches=max_batches, exclude=exclude)
+        with stages() as progress:
+            shared = {"batch_size": batch_size, "max_batches": max_batches, "progress": progress}
+            result = evaluate(loaded, found, rows, exclude=exclude, **shared)
         target = Path(out or f"{coders}/eval.json")
         result.save(target)
         plot_evaluation(result, target.with_suffix(".svg"))
@@ -224,19 +227,23 @@ def dashboard_command(
         from sparsify._dashboard import write_dashboard
         from sparsify._evaluate import evaluate
         from sparsify._files import load_many
+        from sparsify._progress import stages
 
         artifacts = Artifacts(**options)
         loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
         found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
-        shared = {"batch_size": batch_size, "max_batches": max_batches}
-        shown = top_contexts(loaded, found, rows, latents=latents or None, sample=sample, contexts=contexts, **shared)
+        with stages() as progress:
+            shared = {"batch_size": batch_size, "max_batches": max_batches, "progress": progress}
+            many = {"sample": sample, "contexts": contexts}
+            shown = top_contexts(loaded, found, rows, latents=latents or None, **many, **shared)
+            judged = evaluate(loaded, found, rows, **shared)
         tokenizer = _load.load_tokenizer(model, artifacts.revision, artifacts.hf_token)
         page = write_dashboard(
             out or f"{coders}/dashboard.html",
             shown,
             tokenizer,
             title=f"Latents of {coders} on {dataset}",
-            evaluation=evaluate(loaded, found, rows, **shared),
+            evaluation=judged,
         )
         click.echo(str(page))
 
@@ -263,18 +270,21 @@ def cache_command(
     """Compute activations of MODEL over DATASET once and keep them in the folder OUT; run again to go on or append."""
     with errors_as_messages():
         from sparsify._cache import build_cache
+        from sparsify._progress import stages
 
         loaded, rows = _model_and_rows(model, dataset, Artifacts(**options), head=False)
-        cache = build_cache(
-            out,
-            loaded,
-            rows,
-            hookpoints,
-            batch_size=batch_size,
-            pairs=pairs,
-            max_batches=max_batches,
-            recipe={"model": model, "dataset": dataset},
-        )
+        with stages() as progress:
+            cache = build_cache(
+                out,
+                loaded,
+                rows,
+                hookpoints,
+                batch_size=batch_size,
+                pairs=pairs,
+                max_batches=max_batches,
+                recipe={"model": model, "dataset": dataset},
+                progress=progress,
+            )
         click.echo(f"{len(cache)} batches of {', '.join(cache.hookpoints)}, {cache.bytes / 2**20:,.1f} MiB in {out}")
 
 
