@@ -112,16 +112,16 @@ def collect_gradients(
     language_model = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     source = data if isinstance(data, Source) else source_of(data)
     plan = language_model.plan(config, attention_cfgs)
-    _announce(language_model, plan, progress)
+    announce(language_model, plan, progress)
 
     with scratch_beside(path) as scratch:
-        tokens = _tokenise(scratch, source, tokenizer, config, language_model, progress)
+        tokens = tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
             if on_begun is not None:
                 on_begun()
-            writer.write_data(_records(scratch))
+            writer.write_data(records_of(scratch))
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
 
@@ -140,7 +140,7 @@ def source_of(data: Any, name: str = "data") -> Source:
     return Source(name, tuple(records[0]), len(records), lambda: iter([records]))
 
 
-def _tokenise(
+def tokenise(
     scratch: Path, source: Source, tokenizer: Any, config: IndexConfig, model: LanguageModel, progress: Progress
 ) -> TokenFile:
     """Token ids of all rows, and beside them in the scratch folder the records that hits will show."""
@@ -177,12 +177,14 @@ def _tokenise(
     return tokens
 
 
-def _records(scratch: Path) -> Iterator[dict[str, Any]]:
+def records_of(scratch: Path) -> Iterator[dict[str, Any]]:
+    """The records of all rows, as :func:`tokenise` left them."""
     with (scratch / RECORDS).open(encoding="utf-8") as records:
         yield from map(json.loads, records)
 
 
-def _announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> None:
+def announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> None:
+    """Say what is captured, what is not, and what is peculiar about the model."""
     report = coverage(model.base, plan)
     head = model.model.get_output_embeddings()  # type: ignore[operator]
     shared = {id(parameter) for parameter in model.base.parameters()}

@@ -90,3 +90,23 @@ capture_options = _stack(
         "--token-batch-size", default=4096, show_default=True, help="Padded tokens a batch; a longer row runs alone."
     ),
 )
+
+
+def grouped_data_options(group: str, about: str) -> Callable[[F], F]:
+    """The options of :data:`data_options` under dotted names, ``--data.dataset``, for commands with two datasets."""
+
+    def option(name: str, **settings: Any) -> Callable[[F], F]:
+        return click.option(f"--{group}.{name}", f"{group}_{name.replace('-', '_')}", **settings)
+
+    return _stack(
+        option("dataset", default="", help=f"{about}: hub id, folder or file, as for trace build."),
+        option("split", default="train", show_default=True, help=f"{about}: split, such as train[:100]."),
+        option("subset", default="", help=f"{about}: configuration of a hub dataset."),
+        option("prompt-column", default="text", show_default=True, help=f"{about}: column of the text or prompt."),
+        option("completion-column", default="", help=f"{about}: column of the completion."),
+        option("conversation-column", default="", help=f"{about}: column of role/content turns."),
+        option("truncation", is_flag=True, help=f"{about}: cut documents at the model's context."),
+        option("chunk-length", default=0, help=f"{about}: cut documents into rows of at most this many tokens."),
+        option("max-tokens", default=0, help=f"{about}: stop after the row that reaches this many tokens."),
+        option("data-args", default="", metavar="A=1,B=X", help=f"{about}: arguments for the dataset loader."),
+    )

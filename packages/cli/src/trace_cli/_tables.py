@@ -32,3 +32,26 @@ def print_hits(
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _ROWS_OF_TEXT else line[: _ROWS_OF_TEXT - 1] + "…"
+
+
+def print_spectra(path: str, rows: int, spectra: dict[str, dict[str, float]], *, as_json: bool) -> None:
+    """The spectrum of every block of a curvature."""
+    if as_json:
+        import json
+
+        import click
+
+        click.echo(json.dumps({"path": path, "rows": rows, "spectrum": spectra}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("module", "floats", "mean eigenvalue", "condition", "stable rank"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for name, each in spectra.items():
+        condition = "singular" if each["condition"] >= 1e300 else f"{each['condition']:.2g}"
+        table.add_row(name, f"{each['size']:,}", f"{each['mean']:.3g}", condition, f"{each['stable_rank']:.1f}")
+    console.print(table)
+    console.print(f"curvature of {rows:,} rows in {path}")

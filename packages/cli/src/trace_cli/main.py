@@ -15,10 +15,13 @@ from trace_cli._replay import replay
 _COMMANDS = {
     "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
+    "hessian": ("trace_cli.commands.hessian", "Fit the Fisher information of every module: K-FAC, EK-FAC and kin."),
+    "preconditioners": ("trace_cli.commands.preconditioners", "Fit the second moment of sketched gradients."),
     "probe": ("probing.cli:probe", "Find the subnetwork that computes a variable."),
     "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),
     "sae": ("sparsify.cli:sae", "Train, evaluate, convert and push sparse autoencoders and transcoders."),
     "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
+    "trackstar": ("trace_cli.commands.trackstar", "Score training rows for queries as TrackStar does."),
 }
 # Errors meant for people, by the package that raises them. Looked up in what is loaded already: importing the
 # packages here would cost seconds.

@@ -1,0 +1,207 @@
+"""Factor pairs of every module, batch by batch: a sketch that keeps nothing and hands the factors on.
+
+A collector binds it in place of the plan's own sketch, so whatever that sketch projects is projected here too: the
+factors of a two-sided sketch are those of the sketched sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribute._errors import AttributionError, ModelError
+from attribute.batching import Batch, assemble, plan_batches
+from attribute.curvature._labels import LABELS, losses_under
+from attribute.data import TokenFile
+from attribute.engine import evaluating
+from attribute.model import LanguageModel
+from attribute.progress import Progress, Quiet
+from gradcore import IGNORE, CapturePlan, GradientCollector, Identity, Sketch, TwoSided
+from gradcore.sketches import BoundSketch
+
+BILINEAR = (Identity, TwoSided)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's part in one batch.
+
+    Attributes:
+        name: the module.
+        out: ``[n, s, out]``, or for a looked-up table the ids ``[n, s]`` (−1: none).
+        given: ``[n, s, in]``.
+        positions: which of the ``n·s`` positions can reach a loss, as flat indices.
+        table: the one-hot vectors that ``out`` are the ids of.
+    """
+
+    name: str
+    out: Tensor
+    given: Tensor
+    positions: Tensor
+    table: Any = None
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether ``out`` is ids."""
+        return not self.out.is_floating_point()
+
+    def flat_out(self) -> Tensor:
+        """``[t, out]`` (ids ``[t]``) of the positions that count."""
+        return self.out.flatten(0, 1).index_select(0, self.positions)
+
+    def flat_given(self) -> Tensor:
+        """``[t, in]`` of the positions that count."""
+        return self.given.flatten(0, 1).index_select(0, self.positions)
+
+
+OnFactors = Callable[[Factors], None]
+OnVector = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Handing(Sketch):
+    inner: Sketch
+    on_factors: OnFactors
+    on_vector: OnVector
+    state: _State
+    kind: ClassVar[str] = "handing"
+
+    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+        return (1,)
+
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
+        return _Bound(self, name, self.inner.bind(name, out_features, in_features, device, elementwise))
+
+
+class _State:
+    """What the batch at hand is: set before its backward pass."""
+
+    def __init__(self) -> None:
+        self.mask = torch.empty(0)
+        self.all = torch.empty(0)
+        self.seen = set[str]()
+
+    def begin(self, labels: Tensor) -> None:
+        """Positions before the last labelled token can change a loss; those after it and the padding cannot."""
+        width = labels.shape[1]
+        places = torch.arange(width, device=labels.device)
+        last = torch.where(labels[:, 1:] != IGNORE, places[1:], 0).amax(1)
+        self.mask = places < last[:, None]
+        self.all = self.mask.flatten().nonzero().flatten()
+        self.seen.clear()
+
+    def once(self, name: str) -> None:
+        if name in self.seen:
+            raise ModelError(
+                f"{name} runs more than once in a forward pass: its curvature has no single pair of factors"
+            )
+        self.seen.add(name)
+
+    def positions(self, name: str, given: Tensor) -> Tensor:
+        if given.shape[:2] == self.mask.shape:
+            return self.all
+        if len(given) != len(self.mask):
+            raise ModelError(
+                f"{name} saw {len(given)} rows in a batch of {len(self.mask)}: it has no gradient of each. A position "
+                "table must be captured together with the token embedding before it"
+            )
+        return torch.arange(given.shape[0] * given.shape[1], device=given.device)
+
+
+class _Bound(BoundSketch):
+    def __init__(self, whole: _Handing, name: str, inner: BoundSketch) -> None:
+        self._whole, self._name, self._inner = whole, name, inner
+
+    def project_out(self, factor: object) -> object:  # type: ignore[override]
+        return self._inner.project_out(factor)  # type: ignore[arg-type]
+
+    def project_in(self, factor: object) -> object:  # type: ignore[override]
+        return self._inner.project_in(factor)  # type: ignore[arg-type]
+
+    def combine(self, out_factor: object, in_factor: object) -> Tensor:  # type: ignore[override]
+        assert isinstance(in_factor, Tensor)
+        self._whole.state.once(self._name)
+        given = _exact(in_factor)
+        positions = self._whole.state.positions(self._name, given)
+        if isinstance(out_factor, Tensor):
+            found = Factors(self._name, _exact(out_factor), given, positions)
+        else:
+            found = Factors(self._name, out_factor.ids, given, positions, out_factor)  # type: ignore[attr-defined]
+        self._whole.on_factors(found)
+        return given.new_zeros(len(given), 1)
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        self._whole.state.once(self._name)
+        flat = _exact(self._inner.vector(gradient))
+        self._whole.on_vector(self._name, flat)
+        return flat.new_zeros(len(flat), 1)
+
+
+@contextmanager
+def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_vector: OnVector) -> Iterator[_State]:
+    if not isinstance(plan.sketch, BILINEAR):
+        raise AttributionError(
+            f"Kronecker factors need whole gradients or a two-sided sketch, not a {plan.sketch.kind} sketch"
+        )
+    state = _State()
+    handing = replace(plan, sketch=_Handing(plan.sketch, on_factors, on_vector, state))
+    with evaluating(model), GradientCollector(model.base, handing, lambda *_: None):
+        yield state
+
+
+def factor_pass(
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    rows: Sequence[int] | np.ndarray,
+    on_factors: OnFactors,
+    on_vector: OnVector,
+    *,
+    labels: str = "sampled",
+    seed: int = 0,
+    budget: int = 4096,
+    progress: Progress | None = None,
+) -> None:
+    """Hand over the factors of the rows; the rows must have a loss.
+
+    Args:
+        model, tokens, plan: as for :func:`attribute.engine.run_pass`.
+        rows: which.
+        on_factors: called for each matrix module of each batch, during the backward pass.
+        on_vector: called as ``(name, [n, floats])`` for each vector layer.
+        labels: ``sampled`` from the model's own distribution (true Fisher), or ``dataset`` (empirical Fisher).
+        seed: of the sampling; the draw of a token depends on its row and place, never on the batch.
+        budget: padded tokens a batch.
+        progress: advanced by tokens.
+    """
+    if labels not in LABELS:
+        raise AttributionError(f"--labels must be one of {', '.join(LABELS)}, not {labels!r}")
+    progress = progress or Quiet()
+    with torch.enable_grad(), _handing(model, plan, on_factors, on_vector) as state:
+        for chosen in plan_batches(tokens.lengths, np.asarray(rows), budget):
+            batch: Batch = assemble(tokens, chosen, model.device)
+            state.begin(batch.labels)
+            losses_under(model, batch, labels, seed, plan.reduction).sum().backward()
+            progress.advance(int(tokens.lengths[chosen].sum()))
+
+
+def rows_with_loss(tokens: TokenFile, sample: int = 0) -> np.ndarray:
+    """Rows with at least one loss, at most ``sample`` of them, evenly spaced; 0 takes all."""
+    rows = np.array([row for row in range(len(tokens)) if tokens.labelled(row)[1:].any()], dtype=np.int64)
+    if not len(rows):
+        raise AttributionError("no row has a token with a loss: there is no curvature to fit")
+    if sample and sample < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, sample).round().astype(int)]
+    return rows
+
+
+def _exact(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))

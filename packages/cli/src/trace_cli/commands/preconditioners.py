@@ -1,0 +1,61 @@
+"""``trace preconditioners``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from trace_cli._options import capture_options, data_options, model_options
+
+
+@click.command("preconditioners")
+@click.argument("run_path", type=click.Path(file_okay=True))
+@model_options
+@data_options
+@capture_options
+@click.option(
+    "--index",
+    type=click.Path(exists=True, file_okay=False),
+    help="Take the rows of this index of trace build; no model runs.",
+)
+@click.option("--joint", is_flag=True, help="One matrix over all modules together instead of one a module.")
+@click.option("--stats-sample-size", default=10_000, show_default=True, help="About so many rows at most; 0 takes all.")
+@click.option("--overwrite", is_flag=True, help="Replace a curvature that exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the spectra as JSON.")
+def command(
+    run_path: str,
+    index: str | None,
+    joint: bool,
+    stats_sample_size: int,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit the second moment of sketched gradients into RUN_PATH, and report its spectrum.
+
+    \b
+    trace preconditioners runs/my-processor --model EleutherAI/pythia-14m --dataset NeelNanda/pile-10k --truncation
+    trace preconditioners runs/my-processor --index runs/my-index
+    """
+    if index and (options["model"] or options["dataset"]):
+        raise click.UsageError("--index has its gradients already: leave --model and --dataset away")
+    from attribute.curvature import fit_preconditioners
+    from trace_cli._config import index_config
+    from trace_cli._progress import Bars
+    from trace_cli._replay import save_config
+    from trace_cli._tables import print_spectra
+
+    progress = Bars()
+    config = None if index else index_config(options, progress)
+    gram = fit_preconditioners(
+        run_path,
+        config,
+        index=index or "",
+        joint=joint,
+        sample=stats_sample_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    save_config(run_path, "preconditioners")
+    print_spectra(run_path, gram.rows, gram.spectrum(), as_json=as_json)
