@@ -2,6 +2,7 @@
 
     python benchmarks/search.py                                  # 10,000 x 4,096, 10 queries: seconds
     python benchmarks/search.py --rows 1000000 --queries 16 --dtypes int2 fp16 --folder /big/disk
+    python benchmarks/search.py --without-torch                  # by NumPy alone
 
 Every ratio is between two times taken in this run. `read` is the shard files through one reused buffer; warm, so it is
 the speed of memory unless the store is larger than the page cache.
@@ -10,6 +11,7 @@ the speed of memory unless the store is larger than the page cache.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -71,10 +73,10 @@ def best(call: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def peak_of_a_search(path: Path, queries: Path) -> float:
+def peak_of_a_search(path: Path, queries: Path, module: str) -> float:
     """Peak resident memory, in MB, of a process that opens the store and searches it."""
     code = (
-        "import sys, numpy as np; from gradstore import GradientStore, search;"
+        f"import sys, {module}, numpy as np; from gradstore import GradientStore, search;"
         "search(GradientStore.open(sys.argv[1]), np.load(sys.argv[2]), 10, metric='cos');"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
@@ -128,7 +130,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
+    module = "numpy" if options.without_torch else "torch"
+    if not options.without_torch:
+        importlib.import_module("torch")  # a search uses what the process has
     queries = np.random.default_rng(1).standard_normal((options.queries, options.width), np.float32)
     print(
         f"{options.rows:,} x {options.width:,}, {options.queries} queries, top and bottom 10; best of {options.repeats}"
@@ -151,7 +157,7 @@ def main() -> None:
             for metric in ("dot", "cos"):
                 call = partial(search, store, queries, 10, metric=metric, threads=options.threads)
                 row(f"{dtype} {metric}", best(call, options.repeats), size, reading)
-            print(f"{dtype + ' peak':28}{peak_of_a_search(path, Path(folder) / 'queries.npy'):9.0f} MB")
+            print(f"{dtype + ' peak':28}{peak_of_a_search(path, Path(folder) / 'queries.npy', module):9.0f} MB")
             if dtype == "fp32":
                 others = {"numpy memmap": numpy_memmap(path, store, queries), **faiss_indexes(store, queries)}
                 for name, call in others.items():

