@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from attribute._errors import AttributionError, RunError
-from attribute.attributor import plan_of, record_text
 from attribute.config import DataConfig, IndexConfig
 from attribute.curvature._fit import fit_kronecker
 from attribute.curvature._gram import Gram, GramSums, gram_of_store, mixing_weight
@@ -125,6 +124,7 @@ class Trackstar:
 
     def answer(self) -> dict[str, Any]:
         """A JSON-able form with the texts."""
+        from attribute.attributor import record_text  # which imports the methods, which import this
 
         def listed(rows: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
             return [
@@ -242,6 +242,8 @@ def _score(
     about: dict[str, Any],
 ) -> ScoreStore:
     import shutil
+
+    from attribute.attributor import plan_of
 
     index, queries = stores["index"], stores["queries"]
     plan_of(queries).require_equal(plan_of(index), this="the queries", that="the index")

@@ -1,6 +1,40 @@
-"""Attribution methods, one file each, found by name (docs/add-a-method.md)."""
+"""Attribution methods, one file each, found by name (docs/add-a-method.md, docs/methods.md).
 
-from attribute.methods import grad_cos, grad_dot
+A :class:`Method` asks a store; an :class:`Estimator` works from a model and its data, a :class:`Study`.
+"""
+
+from attribute.methods import (
+    baselines,
+    datainf,
+    grad_cos,
+    grad_dot,
+    gradient_product,
+    kronecker,
+    preconditioned,
+    self_influence,
+    tracin,
+)
+from attribute.methods._estimator import Estimator, estimator_named, estimators, register_estimator
 from attribute.methods._registry import Method, method_named, register_method
+from attribute.methods._study import Checkpoint, Study
 
-__all__ = ["Method", "grad_cos", "grad_dot", "method_named", "register_method"]
+__all__ = [
+    "Checkpoint",
+    "Estimator",
+    "Method",
+    "Study",
+    "baselines",
+    "datainf",
+    "estimator_named",
+    "estimators",
+    "grad_cos",
+    "grad_dot",
+    "gradient_product",
+    "kronecker",
+    "method_named",
+    "preconditioned",
+    "register_estimator",
+    "register_method",
+    "self_influence",
+    "tracin",
+]

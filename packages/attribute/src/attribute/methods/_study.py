@@ -1,0 +1,185 @@
+"""What a method works from: a model, the rows it learned from, the queries asked of it, and what is shared between
+methods, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribute._errors import AttributionError
+from attribute.batching import assemble, plan_batches
+from attribute.curvature import Gram, Kronecker, fit_kronecker
+from attribute.curvature._gram import GramSums
+from attribute.data import TokenFile
+from attribute.engine import RowBlock, evaluating, gradients_of, run_pass
+from attribute.model import LanguageModel
+from attribute.progress import Progress, Quiet
+from gradcore import IGNORE, CapturePlan, Identity, TwoSided
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model at one point of its training, and the mean learning rate around it."""
+
+    model: LanguageModel
+    learning_rate: float
+
+
+@dataclass
+class Study:
+    """One model, its training rows and the queries.
+
+    Example::
+
+        study = Study(model, rows, queries, model.plan(IndexConfig(projection_dim=0)))
+        estimator_named("ek-fac").influence(study)      # [queries, rows]
+
+    Attributes:
+        model: the trained model.
+        rows, queries: token files.
+        plan: which parameters count, with whole gradients.
+        texts, query_texts: for lexical baselines; decoded text or any words.
+        checkpoints: of the training, for the methods that follow it.
+        damping: relative to each module's mean eigenvalue.
+        labels, seed: of the Fisher, as for :func:`fit_kronecker`.
+        projection_dim: side of the sketch of the methods that need one.
+        components: TrackStar's task directions, 0 in proportion.
+        budget: padded tokens a batch.
+        progress: told of each pass.
+    """
+
+    model: LanguageModel
+    rows: TokenFile
+    queries: TokenFile
+    plan: CapturePlan
+    texts: Sequence[str] = ()
+    query_texts: Sequence[str] = ()
+    checkpoints: Sequence[Checkpoint] = ()
+    damping: float = 0.1
+    labels: str = "sampled"
+    seed: int = 0
+    projection_dim: int = 16
+    components: int = 0
+    budget: int = 4096
+    progress: Progress = field(default_factory=Quiet)
+    _curvatures: dict[str, Kronecker] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan.sketch, Identity):
+            raise AttributionError("a study is planned with whole gradients; methods sketch them (projection_dim)")
+
+    @cached_property
+    def query_gradients(self) -> np.ndarray:
+        """Whole gradients of the queries ``[q, width]``."""
+        return gradients_of(self.model, self.queries, self.plan, self.budget)
+
+    @cached_property
+    def sketched(self) -> CapturePlan:
+        """The plan under a two-sided sketch."""
+        return replace(self.plan, sketch=TwoSided(self.projection_dim, seed=self.seed))
+
+    @cached_property
+    def sketches(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sketched gradients of the rows and of the queries."""
+        return tuple(gradients_of(self.model, side, self.sketched, self.budget) for side in (self.rows, self.queries))  # type: ignore[return-value]
+
+    def gram(self, rows: np.ndarray) -> Gram:
+        """The second moment of sketched gradients, per module."""
+        sums = GramSums(self.sketched)
+        sums.add_rows(torch.from_numpy(rows))
+        return sums.finish()
+
+    def curvature(self, method: str) -> Kronecker:
+        """The Kronecker curvature over the training rows, fitted when first asked for."""
+        if method not in self._curvatures:
+            self._curvatures[method] = fit_kronecker(
+                self.model,
+                self.rows,
+                self.plan,
+                method,
+                labels=self.labels,
+                seed=self.seed,
+                budget=self.budget,
+                progress=self.progress,
+            )
+        return self._curvatures[method]
+
+    def visit(self, visitor: Callable[[RowBlock], None], model: LanguageModel | None = None) -> None:
+        """Run one pass over the rows' whole gradients, ``[n, width]`` a block; of a checkpoint if given."""
+        plan = self.plan if model is None else replace(self.plan, model="")
+        windows = [(0, 0, len(self.rows))]
+        with torch.enable_grad():
+            run_pass(model or self.model, self.rows, plan, windows, [_Visitor(visitor)], budget=self.budget)
+
+    def products(
+        self, directions: np.ndarray, *, model: LanguageModel | None = None, unit_rows: bool = False
+    ) -> np.ndarray:
+        """⟨direction, gradient of row⟩ by one pass, ``[q, rows]``; with ``unit_rows`` over the norm of the row."""
+        found = np.zeros((len(directions), len(self.rows)), dtype=np.float32)
+        right = torch.from_numpy(np.ascontiguousarray(directions.T, dtype=np.float32)).to(self.model.device)
+
+        def add(block: RowBlock) -> None:
+            scores = block.gradients.float() @ right
+            if unit_rows:
+                scores /= block.gradients.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
+            found[:, block.rows] = scores.T.cpu().numpy()
+
+        self.visit(add, model)
+        return found
+
+    def hidden(self, tokens: TokenFile, *, embedding: bool = False) -> np.ndarray:
+        """Mean hidden state of each row's tokens ``[n, d]``, of the last layer or of the input embedding."""
+        found: np.ndarray | None = None
+        table = self.model.model.get_input_embeddings()  # type: ignore[operator]
+        with torch.no_grad(), evaluating(self.model):
+            for chosen in plan_batches(tokens.lengths, np.arange(len(tokens)), self.budget):
+                batch = assemble(tokens, chosen, self.model.device)
+                states: Tensor = (
+                    table(batch.input_ids)
+                    if embedding
+                    else self.model.base(input_ids=batch.input_ids, use_cache=False)[0]
+                )
+                lengths = torch.from_numpy(tokens.lengths[chosen]).to(states.device)
+                real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+                mean = (states.float() * real[..., None]).sum(1) / lengths.clamp(min=1)[:, None]
+                if found is None:
+                    found = np.zeros((len(tokens), mean.shape[1]), dtype=np.float32)
+                found[chosen] = mean.cpu().numpy()
+        assert found is not None
+        return found
+
+    def losses(self) -> np.ndarray:
+        """Summed loss of every row ``[rows]``; 0 where there is none."""
+        found = np.zeros(len(self.rows), dtype=np.float32)
+        with torch.no_grad(), evaluating(self.model):
+            for chosen in plan_batches(self.rows.lengths, np.arange(len(self.rows)), self.budget):
+                batch = assemble(self.rows, chosen, self.model.device)
+                if (batch.labels[:, 1:] != IGNORE).any():
+                    found[chosen] = self.model.losses(batch.input_ids, batch.labels).cpu().numpy()
+        return found
+
+
+class _Visitor:
+    def __init__(self, visit: Callable[[RowBlock], None]) -> None:
+        self._visit = visit
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """Nothing to prepare."""
+
+    def add(self, block: RowBlock) -> None:
+        """Hand the block on."""
+        self._visit(block)
+
+    def close(self) -> None:
+        """Nothing to finish."""
+
+
+def cosines(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``[q, d], [n, d]`` to ``[q, n]``; zero for a zero vector."""
+    sides = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-30) for side in (queries, rows)]
+    return (sides[0] @ sides[1].T).astype(np.float32)

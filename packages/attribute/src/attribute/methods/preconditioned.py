@@ -1,0 +1,49 @@
+"""Methods over sketched gradients and their second moment R: preconditioned influence and TrackStar.
+
+Preconditioned influence is φ_qᵀ R⁻¹ φ_i with R from the rows. TrackStar (Chang et al. 2024, section 3) mixes R from
+both sides, applies R^-½ to both, and compares directions. Either fails where the sketch is too small for the gradients:
+at side 16 most of a matrix's gradient is noise.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from attribute.curvature import Inversion, mixing_weight
+from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._study import Study, cosines
+
+
+@register_estimator
+class Preconditioned(Estimator):
+    """φ_qᵀ R⁻¹ φ_i."""
+
+    name: ClassVar[str] = "preconditioned-if"
+    needs: ClassVar[str] = "a sketch"
+    cost: ClassVar[str] = "1 pass"
+    source: ClassVar[str] = "Choe et al. 2024 (LoGra), eq. 5"
+
+    def influence(self, study: Study) -> np.ndarray:
+        """R⁻¹ on the query side."""
+        rows, queries = study.sketches
+        return study.gram(rows).apply(queries, Inversion("damped", study.damping)) @ rows.T
+
+
+@register_estimator
+class TrackStar(Estimator):
+    """cos(R^-½ φ_q, R^-½ φ_i), R mixed."""
+
+    name: ClassVar[str] = "trackstar"
+    needs: ClassVar[str] = "a sketch"
+    cost: ClassVar[str] = "1 pass"
+    source: ClassVar[str] = "Chang et al. 2024, section 3 and A.1.3"
+
+    def influence(self, study: Study) -> np.ndarray:
+        """R^-½ on both sides, then unit norm."""
+        rows, queries = study.sketches
+        of_rows, of_queries = study.gram(rows), study.gram(queries)
+        mixed = of_queries.mix(of_rows, mixing_weight(of_rows, of_queries, study.components))
+        transform = mixed.transform(Inversion("damped", study.damping, -0.5))
+        return cosines(transform(queries), transform(rows))

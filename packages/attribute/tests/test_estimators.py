@@ -1,0 +1,164 @@
+"""Every method over a study equals its formula written out over whole gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from attribute import AttributionError, IndexConfig, LanguageModel
+from attribute.data import Row, TokenFile, TokenFileWriter
+from attribute.engine import gradients_of
+from attribute.methods import Checkpoint, Study, estimator_named, estimators
+
+FLAT = ("loss", "length", "self-influence")  # the same for every query
+
+
+def close(found: np.ndarray, expected: np.ndarray, relative: float = 2e-4) -> None:
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
+
+
+def token_file(folder: Path, rows: int, start: int) -> TokenFile:
+    """Rows of 3 to 15 tokens."""
+    made = []
+    for number in range(start, start + rows):
+        length = 3 + (number * 5) % 13
+        made.append(Row(np.arange(length) * (number + 3) % 90 + 2, np.ones(length, dtype=bool), {}))
+    return TokenFileWriter(folder, 300).write(made)
+
+
+@pytest.fixture(scope="module")
+def study(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    root = tmp_path_factory.mktemp("study")
+    model, other = (LanguageModel.wrap(make_model("gpt2", seed).eval()) for seed in (0, 1))
+    rows, queries = token_file(root / "rows", 6, 0), token_file(root / "queries", 3, 4)
+    plan = model.plan(IndexConfig(projection_dim=0, modules=("*",), include_bias=True))
+    return Study(
+        model,
+        rows,
+        queries,
+        plan,
+        [f"row {number} of the sea" for number in range(6)],
+        [f"query of row {number}" for number in range(3)],
+        checkpoints=(Checkpoint(other, 0.5), Checkpoint(model, 0.25)),
+        projection_dim=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def gradients(study: Study) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(gradients_of(study.model, side, study.plan).astype(np.float64) for side in (study.rows, study.queries))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", estimators())
+def test_every_method_says_what_it_is_and_scores_every_pair(study, name):
+    method = estimator_named(name)
+    assert method.name == name
+    assert method.needs
+    assert method.cost
+    assert method.source
+    scores = method.influence(study)
+    assert scores.shape == (3, 6)
+    assert scores.dtype == np.float32
+    assert np.isfinite(scores).all()
+    spread = scores.std(axis=1)
+    assert (spread > 0).all()
+    if name in FLAT:
+        assert (scores == scores[0]).all()
+
+
+def test_products_and_cosines(study, gradients):
+    rows, queries = gradients
+    close(estimator_named("grad-dot").influence(study), queries @ rows.T)
+    norms = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
+    close(estimator_named("grad-cos").influence(study), queries @ rows.T / norms)
+
+
+def test_tracin_sums_over_checkpoints(study, gradients):
+    rows, queries = gradients
+    other = study.checkpoints[0].model
+    plan = other.plan(IndexConfig(projection_dim=0, modules=("*",), include_bias=True))
+    sides = [gradients_of(other, side, plan).astype(np.float64) for side in (study.queries, study.rows)]
+    close(estimator_named("tracin").influence(study), 0.25 * queries @ rows.T + 0.5 * sides[0] @ sides[1].T)
+
+
+def test_datainf_is_the_mean_of_dense_inverses(study, gradients):
+    """On the modules that are small enough for (g gᵀ + λ)⁻¹ to be written out."""
+    from dataclasses import replace
+
+    plan = study.plan.restrict(["h.0.ln_1", "h.1.attn.c_proj"])
+    small = Study(study.model, study.rows, study.queries, plan)
+    expected = np.zeros((3, 6))
+    for name, columns in plan.slices.items():
+        rows, queries = (side[:, study.plan.slices[name]] for side in gradients)
+        width = columns.stop - columns.start
+        floor = 0.1 * (rows**2).sum() / len(rows) / width
+        inverse = sum(np.linalg.inv(np.outer(g, g) + floor * np.eye(width)) for g in rows) / len(rows)
+        expected += queries @ inverse @ rows.T
+    close(estimator_named("datainf").influence(small), expected)
+    with pytest.raises(AttributionError, match="must be positive"):
+        estimator_named("datainf").influence(replace(small, damping=0.0))
+
+
+def test_preconditioned_is_a_damped_inverse_of_the_second_moment(study):
+    rows, queries = (side.astype(np.float64) for side in study.sketches)
+    expected = np.zeros((3, 6))
+    for columns in study.sketched.slices.values():
+        moment = rows[:, columns].T @ rows[:, columns] / len(rows)
+        damped = moment + 0.1 * np.trace(moment) / len(moment) * np.eye(len(moment))
+        expected += queries[:, columns] @ np.linalg.solve(damped, rows[:, columns].T)
+    close(estimator_named("preconditioned-if").influence(study), expected)
+
+
+def test_self_influence_is_the_diagonal_of_ekfac(study):
+    """A row asked about itself."""
+    itself = Study(study.model, study.rows, study.rows, study.plan)
+    diagonal = np.diag(estimator_named("ek-fac").influence(itself))
+    close(estimator_named("self-influence").influence(study)[0], diagonal)
+    assert (diagonal > 0).all()
+
+
+def test_the_sign_is_that_of_a_training_step(study):
+    """A small step of training on the best row lowers the query's loss, one on the worst raises it."""
+    from copy import deepcopy
+
+    plan = study.plan.restrict("h.1.mlp.c_proj")
+    small = Study(study.model, study.rows, study.queries, plan)
+    scores = estimator_named("grad-dot").influence(small)
+    rows = gradients_of(study.model, study.rows, plan)
+    assert (scores.max(1) > 0).all()
+    assert (scores.min(1) < 0).any()
+    for query in range(3):
+        for row in (scores[query].argmax(), scores[query].argmin()):
+            moved = LanguageModel.wrap(deepcopy(study.model.model))
+            step = 1e-3 * torch.from_numpy(rows[row]).reshape(plan.modules[0].out_features, -1)
+            layer = moved.base.get_submodule("h.1.mlp.c_proj")
+            with torch.no_grad():
+                layer.weight -= step[:, :-1].T
+                layer.bias -= step[:, -1]
+            losses = [Study(m, study.queries, study.queries, plan).losses()[query] for m in (study.model, moved)]
+            assert losses[0] - losses[1] == pytest.approx(1e-3 * scores[query, row], rel=0.3, abs=1e-4)
+
+
+def test_refusals(study):
+    bare = Study(study.model, study.rows, study.queries, study.plan)
+    with pytest.raises(AttributionError, match="checkpoints with their learning rates"):
+        estimator_named("tracin").influence(bare)
+    with pytest.raises(AttributionError, match="texts of all rows"):
+        estimator_named("bm25").influence(bare)
+    with pytest.raises(AttributionError, match="did you mean ek-fac"):
+        estimator_named("ekfac")
+    with pytest.raises(AttributionError, match="whole gradients"):
+        Study(study.model, study.rows, study.queries, study.model.plan(IndexConfig(projection_dim=4)))
+
+
+def test_hidden_states_are_means_over_real_tokens(study):
+    found = study.hidden(study.rows)
+    for row in range(len(study.rows)):
+        with torch.no_grad():
+            ids = torch.from_numpy(study.rows.ids(row).astype(np.int64))[None]
+            expected = study.model.base(input_ids=ids)[0][0].mean(0).numpy()
+        close(found[row], expected, 1e-5)
