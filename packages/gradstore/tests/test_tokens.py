@@ -101,3 +101,16 @@ def test_damaged_offsets_are_found(tmp_path, plan):
     assert repair(path).lost == (("offsets.npy", 0, 3),)
     with pytest.raises(StoreCorrupt, match=r"offsets\.npy: missing or damaged; the store must be built anew"):
         StoreWriter.resume(path, plan=plan)
+
+
+def test_hits_name_document_and_span(tmp_path, plan):
+    with StoreWriter.create(
+        tmp_path / "s", rows=9, columns={"a": 2}, plan=plan, side_columns=(), offsets=np.array([0, 4, 4, 9])
+    ) as writer:
+        writer.write_data({"text": f"document {d}"} for d in range(3))
+        for shard, start, stop in writer.pending:
+            writer.write(shard, np.arange(2 * start, 2 * stop).reshape(-1, 2))
+    store = GradientStore.open(tmp_path / "s")
+    assert store.spans([8, 1, 7, 3, 2, 4]) == [(2, 3, 5), (0, 1, 4), (2, 0, 1)]  # rows 3 and 4 are of two documents
+    assert store.spans(search(store, np.ones((1, 2), np.float32), 3).top_rows[0]) == [(2, 2, 5)]
+    assert store.spans([]) == []

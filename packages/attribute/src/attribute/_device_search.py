@@ -1,8 +1,9 @@
-"""The exact search on another device than the CPU: the store streams through it shard by shard."""
+"""The exact search on another device than the CPU: the store streams through it shard by shard, one shard ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attribute._errors import RunError
-from gradstore import GradientStore, SearchResult
+from gradstore import Block, GradientStore, SearchResult
 
 
 def search_on(
@@ -25,7 +26,7 @@ def search_on(
     """What :func:`gradstore.search` finds, in float32 on a device; of equal scores the earlier row comes first.
 
     Args:
-        device: where the products are computed; memory holds the queries and one shard.
+        device: where the products are computed; memory holds the queries and two shards, one of which is being loaded.
         queries: ``[q, width]`` over all modules of the store.
         k: rows a query, at most as many as there are.
 
@@ -39,13 +40,44 @@ def search_on(
         queries = np.concatenate([queries[:, store.layout.slices[module]] for module in chosen], axis=1)
     asked = _unit(torch.from_numpy(queries).to(device), metric)
     top, bottom = _Best(k, largest=True), _Best(k, largest=False)
-    for block in store.sweep():
-        rows = torch.from_numpy(np.array(block.values(chosen), copy=True)).to(device)
+    for start, rows in _ahead(store.sweep(), chosen, device):
         scores = asked @ _unit(rows, metric).T  # [q, rows of the shard]
-        numbers = torch.arange(block.start, block.stop, device=device)
+        numbers = torch.arange(start, start + len(rows), device=device)
         for best in (top, bottom):
             best.add(scores, numbers)
     return SearchResult(*top.arrays(), *bottom.arrays())
+
+
+def _ahead(
+    blocks: Iterable[Block], modules: Sequence[int] | None, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and rows of each block on the device; the next one is decoded and copied meanwhile."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def load(block: Block) -> tuple[int, Tensor]:
+        rows = torch.from_numpy(np.array(block.values(modules), copy=True))
+        if stream is None:
+            return block.start, rows.to(device)
+        with torch.cuda.stream(stream):  # beside the products, which run in the stream of the caller
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        stream.synchronize()
+        return block.start, rows
+
+    waiting: Future[tuple[int, Tensor]] | None = None
+    with ThreadPoolExecutor(1, "search-load") as pool:
+        for block in blocks:
+            following = pool.submit(load, block)
+            if waiting is not None:
+                yield _handed_over(waiting.result(), stream)
+            waiting = following
+        if waiting is not None:
+            yield _handed_over(waiting.result(), stream)
+
+
+def _handed_over(loaded: tuple[int, Tensor], stream: torch.cuda.Stream | None) -> tuple[int, Tensor]:
+    if stream is not None:  # the allocator must not give the memory back to the loading stream while products read it
+        loaded[1].record_stream(torch.cuda.current_stream(loaded[1].device))
+    return loaded
 
 
 class _Best:

@@ -19,7 +19,7 @@ from gradstore._merge import merge
 from gradstore._repair import RepairReport, repair
 from gradstore._score_store import ScoreStore
 from gradstore._search import RowTransform, SearchResult, scores, search
-from gradstore._store import GradientStore
+from gradstore._store import Block, GradientStore
 from gradstore._verify import StoreInfo, VerifyReport, info, verify
 from gradstore._writer import StoreWriter
 
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     # read
     "GradientStore",
+    "Block",
     # search
     "search",
     "scores",

@@ -191,6 +191,27 @@ class GradientStore:
         document = int(np.searchsorted(offsets, index, side="right")) - 1  # the last to begin there: skips empty ones
         return document, index - int(offsets[document])
 
+    def spans(self, rows: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int, int]]:
+        """Hits in a store of tokens as stretches of text: `(document, first token, one past its last)`.
+
+        Example:
+            >>> store.spans(hits.top_rows[0])
+            [(4, 17, 20), (0, 3, 4)]
+
+        Tokens next to each other in a document are one stretch; stretches stand in the order of their first hit.
+        """
+        places = [self.document(int(row)) for row in rows]
+        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+        hit = set(places)
+        for document, token in places:
+            first, stop = token, token + 1
+            while (document, first - 1) in hit:
+                first -= 1
+            while (document, stop) in hit:
+                stop += 1
+            found.setdefault((document, first), (document, first, stop))
+        return list(found.values())
+
     def sweep(self) -> Iterator[Block]:
         """Every shard that is there, in order, as one block each; one is mapped at a time, so memory stays flat."""
         shards = [shard for shard, _, _ in self.shards]
