@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from attribute import AttributionError, IndexConfig, LanguageModel
 from attribute.data import Row, TokenFile, TokenFileWriter
 from attribute.engine import gradients_of
 from attribute.methods import Checkpoint, Study, estimator_named, estimators
+from gradcore import GradientCollector, TwoSided
 
 FLAT = ("loss", "length", "self-influence")  # the same for every query
 
@@ -87,8 +89,6 @@ def test_tracin_sums_over_checkpoints(study, gradients):
 
 def test_datainf_is_the_mean_of_dense_inverses(study, gradients):
     """On the modules that are small enough for (g gᵀ + λ)⁻¹ to be written out."""
-    from dataclasses import replace
-
     plan = study.plan.restrict(["h.0.ln_1", "h.1.attn.c_proj"])
     small = Study(study.model, study.rows, study.queries, plan)
     expected = np.zeros((3, 6))
@@ -111,6 +111,33 @@ def test_preconditioned_is_a_damped_inverse_of_the_second_moment(study):
         damped = moment + 0.1 * np.trace(moment) / len(moment) * np.eye(len(moment))
         expected += queries[:, columns] @ np.linalg.solve(damped, rows[:, columns].T)
     close(estimator_named("preconditioned-if").influence(study), expected)
+
+
+def test_trak_is_its_formula_over_autograd_log_odds(study):
+    """Two models, each with a sketch of its own; both factors averaged apart."""
+    product, doubt = np.zeros((3, 6)), np.zeros(6)
+    for number, checkpoint in enumerate(study.checkpoints):
+        plan = replace(study.sketched, sketch=TwoSided(3, seed=number), model="")
+        sides, probabilities = [], []
+        for tokens in (study.rows, study.queries):
+            found = []
+            for row in range(len(tokens)):
+                ids = torch.from_numpy(tokens.ids(row).astype(np.int64))[None]
+                with GradientCollector(checkpoint.model.base, plan) as collector:
+                    log_p = checkpoint.model.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+                    p = log_p.gather(2, ids[:, 1:, None]).exp()
+                    (p / (1 - p)).log().sum().backward()
+                    found.append(collector.take()[0].double().numpy().copy())
+                if tokens is study.rows:
+                    probabilities.append(p.mean().item())
+            sides.append(np.stack(found))
+        for columns in plan.slices.values():
+            rows, queries = sides[0][:, columns], sides[1][:, columns]
+            moment = rows.T @ rows / 6
+            damped = moment + 0.1 * np.trace(moment) / len(moment) * np.eye(len(moment))
+            product += queries @ np.linalg.solve(damped, rows.T) / 2
+        doubt += (1 - np.array(probabilities)) / 2
+    close(estimator_named("trak").influence(study), product * doubt, 1e-3)
 
 
 def test_self_influence_is_the_diagonal_of_ekfac(study):

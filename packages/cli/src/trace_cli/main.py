@@ -16,6 +16,7 @@ _COMMANDS = {
     "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
     "hessian": ("trace_cli.commands.hessian", "Fit the Fisher information of every module: K-FAC, EK-FAC and kin."),
+    "method": ("trace_cli.commands.method", "Score training rows for queries by any method; method list lists them."),
     "preconditioners": ("trace_cli.commands.preconditioners", "Fit the second moment of sketched gradients."),
     "probe": ("probing.cli:probe", "Find the subnetwork that computes a variable."),
     "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),

@@ -13,6 +13,7 @@ from attribute.methods import (
     preconditioned,
     self_influence,
     tracin,
+    trak,
 )
 from attribute.methods._estimator import Estimator, estimator_named, estimators, register_estimator
 from attribute.methods._registry import Method, method_named, register_method
@@ -37,4 +38,5 @@ __all__ = [
     "register_method",
     "self_influence",
     "tracin",
+    "trak",
 ]

@@ -1,0 +1,66 @@
+"""preconditioners, hessian, trackstar and method, as a person types them."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def both(models, dataset):
+    return [
+        "--model",
+        models["neox"],
+        "--data.dataset",
+        dataset,
+        "--query.dataset",
+        dataset,
+        "--query.split",
+        "train[:2]",
+    ]
+
+
+def test_preconditioners_of_a_dataset_and_of_an_index_agree(trace, models, dataset, index, tmp_path):
+    options = ["--model", models["neox"], "--dataset", dataset, "--truncation", "--projection_dim", 4]
+    one = trace("preconditioners", tmp_path / "a", *options, "--json").json
+    two = trace("preconditioners", tmp_path / "b", "--index", index, "--json").json
+    assert one["rows"] == two["rows"]
+    for name, spectrum in one["spectrum"].items():
+        assert spectrum["mean"] == pytest.approx(two["spectrum"][name]["mean"], rel=1e-4)
+    assert trace("preconditioners", tmp_path / "a", *options).code == 1  # holds one already
+    assert trace("--config", tmp_path / "a" / "config.yaml").code == 1
+
+
+def test_hessian_keeps_whole_gradients_unless_told(trace, models, dataset, tmp_path):
+    options = ["--model", models["neox"], "--dataset", dataset, "--truncation"]
+    whole = trace("hessian", tmp_path / "a", *options, "--method", "kfac", "--json").json
+    small = trace("hessian", tmp_path / "b", *options, "--ev_correction", "--projection_dim", 2, "--json").json
+    assert {each["size"] for each in small["spectrum"].values()} == {4}
+    assert min(each["size"] for each in whole["spectrum"].values()) > 4
+    refused = trace("hessian", tmp_path / "c", *options, "--method", "tkfac", "--ev-correction")
+    assert refused.code == 2
+    assert "corrects kfac and shampoo" in refused.err
+
+
+def test_trackstar_finds_the_query_itself(trace, both, tmp_path):
+    found = trace(
+        "trackstar", tmp_path / "run", *both, "--data.truncation", "--query.truncation", "--projection_dim", 4, "--json"
+    ).json
+    for each in found["queries"]:
+        assert each["proponents"][0]["text"] == each["text"]
+        assert each["proponents"][0]["score"] == pytest.approx(1, abs=1e-4)
+    assert trace("trackstar", tmp_path / "x", *both[:4]).code == 2
+
+
+def test_method_by_name(trace, both, tmp_path):
+    found = trace(
+        "method", "grad-cos", tmp_path / "run", *both, "--data.truncation", "--query.truncation", "--json"
+    ).json
+    for each in found["queries"]:
+        assert each["proponents"][0]["text"] == each["text"]
+    assert "ek-fac" in trace("method", "list").out
+    wrong = trace("method", "ekfac", tmp_path / "y", *both)
+    assert wrong.code == 1
+    assert "did you mean ek-fac" in wrong.err
+    refused = trace("method", "tracin", tmp_path / "z", *both, "--data.truncation", "--query.truncation")
+    assert refused.code == 1
+    assert "checkpoints" in refused.err
