@@ -221,8 +221,8 @@ class GradientStore:
             yield self._shard_block(shard, keep=False)
 
     def shard(self, number: int) -> Block:
-        """The rows of one shard as they lie in the memory map, which is kept open for the next call."""
-        return self._shard_block(number)
+        """The rows of one shard as they lie in the memory map, which goes when the block does."""
+        return self._shard_block(number, keep=False)
 
     def select(self, modules: Sequence[str] | None) -> list[int] | None:
         """Positions of the named modules; None means all."""
