@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribute import AttributionError, IndexConfig, LanguageModel
 from attribute.data import Row, TokenFile, TokenFileWriter
@@ -47,6 +48,8 @@ def study(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
         [f"query of row {number}" for number in range(3)],
         checkpoints=(Checkpoint(other, 0.5), Checkpoint(model, 0.25)),
         projection_dim=3,
+        solver_rows=2,
+        solver_steps=2,
     )
 
 
@@ -138,6 +141,72 @@ def test_trak_is_its_formula_over_autograd_log_odds(study):
             product += queries @ np.linalg.solve(damped, rows.T) / 2
         doubt += (1 - np.array(probabilities)) / 2
     close(estimator_named("trak").influence(study), product * doubt, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def dense(study):
+    """A study of a few modules of every kind, with their Gauss-Newton matrix written out from autograd's Jacobian."""
+    plan = study.plan.restrict(["h.0.ln_1", "h.1.attn.c_proj"])
+    small = Study(study.model, study.rows, study.queries, plan, solver_rows=2, damping=1.0)
+    names = [f"{each.name}.{kind}" for each in plan.modules for kind in ("weight", "bias")]
+    base, model = study.model.base, study.model.model
+    total = torch.zeros(plan.width, plan.width, dtype=torch.float64)
+    for row in (0, 5):  # the two that solver_rows=2 takes
+        ids = torch.from_numpy(study.rows.ids(row).astype(np.int64))[None]
+
+        def logits(*values: torch.Tensor, ids: torch.Tensor = ids) -> torch.Tensor:
+            parameters = {f"transformer.{name}": value for name, value in zip(names, values)}
+            return torch.func.functional_call(model, parameters, kwargs={"input_ids": ids}).logits[0, :-1]
+
+        values = tuple(base.get_parameter(name).detach() for name in names)
+        with sdpa_kernel(SDPBackend.MATH):  # the one that forward mode knows; few parameters, many logits
+            parts = torch.func.jacfwd(logits, argnums=tuple(range(len(values))))(*values)
+        found = []
+        for each, weight, bias in zip(plan.modules, parts[::2], parts[1::2]):
+            weight = weight.mT if each.kind == "hf_conv1d" else weight[..., None]
+            found.append(torch.cat((weight, bias[..., None]), dim=-1).flatten(2))
+        jacobian = torch.cat(found, dim=2).double()  # [s, v, width]
+        p = logits(*values).double().softmax(-1)
+        middle = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        total += torch.einsum("svi,svw,swj->ij", jacobian, middle, jacobian).detach()
+    return small, total / 2
+
+
+def test_gauss_newton_products_are_those_of_the_dense_matrix(dense):
+    from attribute.methods.refined import damped_product
+
+    study, matrix = dense
+    multiply, diagonal = damped_product(study)
+    x = torch.randn(2, study.plan.width, generator=torch.Generator().manual_seed(0))
+    expected = x.double() @ matrix + diagonal * x
+    close(multiply(x).double().numpy(), expected.numpy())
+
+
+def test_solvers_reach_the_dense_solution(dense, study):
+    from attribute.methods.refined import conjugate_gradients, damped_product, neumann
+
+    small, matrix = dense
+    _, diagonal = damped_product(small)
+    full = (matrix + torch.diag(diagonal.double())).float()
+    right = torch.from_numpy(small.query_gradients)
+    expected = torch.linalg.solve(full.double(), right.double().T).T.numpy()
+    found = conjugate_gradients(lambda x: x @ full, lambda x: x / full.diag(), right, right / full.diag(), 200)
+    close(found.numpy(), expected, 1e-3)
+    condition = torch.linalg.cond(full).item()
+    series = neumann(lambda x: x @ full, right, int(12 * condition))
+    close(series.numpy(), expected, 1e-3)
+
+
+def test_cg_scores_are_those_of_the_dense_inverse(dense):
+    small, matrix = dense
+    from attribute.methods.refined import damped_product
+
+    _, diagonal = damped_product(small)
+    queries, rows = (
+        torch.from_numpy(gradients_of(small.model, s, small.plan)).double() for s in (small.queries, small.rows)
+    )
+    expected = queries @ torch.linalg.solve(matrix + torch.diag(diagonal.double()), rows.T)
+    close(estimator_named("ek-fac-cg").influence(replace(small, solver_steps=40)), expected.numpy(), 1e-2)
 
 
 def test_self_influence_is_the_diagonal_of_ekfac(study):

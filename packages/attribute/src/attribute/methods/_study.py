@@ -49,6 +49,7 @@ class Study:
         labels, seed: of the Fisher, as for :func:`fit_kronecker`.
         projection_dim: side of the sketch of the methods that need one.
         components: TrackStar's task directions, 0 in proportion.
+        solver_rows, solver_steps: rows of the Gauss-Newton matrix and iterations, of the methods that solve with it.
         budget: padded tokens a batch.
         progress: told of each pass.
     """
@@ -65,6 +66,8 @@ class Study:
     seed: int = 0
     projection_dim: int = 16
     components: int = 0
+    solver_rows: int = 64
+    solver_steps: int = 10
     budget: int = 4096
     progress: Progress = field(default_factory=Quiet)
     _curvatures: dict[str, Kronecker] = field(default_factory=dict, repr=False)
