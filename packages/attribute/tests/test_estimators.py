@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,9 @@ def dense(study):
             return torch.func.functional_call(model, parameters, kwargs={"input_ids": ids}).logits[0, :-1]
 
         values = tuple(base.get_parameter(name).detach() for name in names)
-        with sdpa_kernel(SDPBackend.MATH):  # the one that forward mode knows; few parameters, many logits
+        # The kernel that forward mode knows; few parameters, many logits. torch warns about its own derivatives.
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             parts = torch.func.jacfwd(logits, argnums=tuple(range(len(values))))(*values)
         found = []
         for each, weight, bias in zip(plan.modules, parts[::2], parts[1::2]):
