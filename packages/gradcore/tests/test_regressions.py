@@ -1,4 +1,4 @@
-"""What went wrong in other libraries of the field, each by name, and the ways of running a model that must not matter."""
+"""What went wrong in other libraries of the field, by name, and the ways of running a model that must not matter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_equals_autograd(model: nn.Module, x: Tensor, plan: CapturePlan) -> No
 
 
 class QuantisedLinear(nn.Linear):
-    """As bitsandbytes' linears: integers and a scale a row in a frozen parameter, a true product in the forward pass."""
+    """As in bitsandbytes: integers and a scale a row in a frozen parameter, a true product in the forward pass."""
 
     def __init__(self, full: nn.Linear) -> None:
         super().__init__(full.in_features, full.out_features, bias=False)
