@@ -60,6 +60,8 @@ def run_method(
     damping: float = 0.1,
     labels: str = "sampled",
     seed: int = 0,
+    solver_rows: int = 64,
+    solver_steps: int = 10,
     top_k: int = 5,
     progress: Progress | None = None,
 ) -> Influence:
@@ -71,7 +73,7 @@ def run_method(
         config: model, training data and modules; ``projection_dim`` is the side of the methods that sketch.
         query: the query data.
         checkpoints: (model, learning rate) of the training, for the methods that follow it.
-        damping, labels, seed: as for :class:`Study`.
+        damping, labels, seed, solver_rows, solver_steps: as for :class:`Study`.
         top_k: rows at either end in the answer.
         progress: told of each stage.
 
@@ -103,6 +105,8 @@ def run_method(
                 damping=damping,
                 labels=labels,
                 seed=seed,
+                solver_rows=solver_rows,
+                solver_steps=solver_steps,
                 projection_dim=config.projection_dim or 16,
                 budget=config.token_batch_size,
                 progress=progress,
@@ -110,6 +114,7 @@ def run_method(
             scores = estimator.influence(study)
     names = [str(number) for number in range(len(query_texts))]
     about = {"method": name, "config": config.to_dict(), "damping": damping, "labels": labels, "seed": seed}
+    about |= {"solver_rows": solver_rows, "solver_steps": solver_steps}
     with ScoreStore.create(path, rows=len(texts), queries=names, plan=about, provenance=about) as writer:
         for shard, start, stop in writer.pending:
             writer.write(shard, np.ascontiguousarray(scores[:, start:stop].T))

@@ -27,6 +27,10 @@ from trace_cli._options import capture_options, grouped_data_options, model_opti
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
 @click.option("--use-dataset-labels", is_flag=True, help="Empirical Fisher: the dataset's labels instead of sampled.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled labels and sketches.")
+@click.option(
+    "--solver-rows", default=64, show_default=True, help="Rows of the exact matrix of ek-fac-cg, lissa; 0: all."
+)
+@click.option("--solver-steps", default=10, show_default=True, help="Iterations of ek-fac-cg and lissa.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON.")
 def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[str, ...], **options: Any) -> None:
@@ -54,7 +58,7 @@ def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[s
         return DataConfig(**{key.removeprefix(f"{prefix}_"): options.pop(key) for key in found})
 
     data, query = group("data"), group("query")
-    own = {key: options.pop(key) for key in ("damping", "seed", "top_k")}
+    own = {key: options.pop(key) for key in ("damping", "seed", "solver_rows", "solver_steps", "top_k")}
     labels = "dataset" if options.pop("use_dataset_labels") else "sampled"
     found = run_method(
         run_path,
