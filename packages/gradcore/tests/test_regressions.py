@@ -156,6 +156,20 @@ class TestUnusualModules:
         for name in truth:
             torch.testing.assert_close(found[name], truth[name], **CLOSE)
 
+    def test_coverage_says_that_a_parametrised_weight_is_the_effective_one(self):
+        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3, bias=False)))
+        report = coverage(model, CapturePlan.for_model(model))
+        assert (report.captured, report.total) == (0, 12 + 3)
+        assert all("effective weight" in left.reason for left in report.left_out)
+
+    def test_a_weight_kept_as_a_buffer(self):
+        model, x = nn.Sequential(nn.Linear(4, 3, bias=False)), torch.randn(2, 4)
+        truth = collected(model, x)["0"]
+        weight = model[0].weight.detach()
+        del model[0].weight
+        model[0].register_buffer("weight", weight)
+        torch.testing.assert_close(collected(model, x)["0"], truth, **CLOSE)
+
     def test_adapters_alone(self):
         model = nn.Sequential(LoRA(nn.Linear(4, 6)), nn.Tanh(), LoRA(nn.Linear(6, 3)))
         plan = CapturePlan.for_model(model, ["*.lora_A", "*.lora_B"])

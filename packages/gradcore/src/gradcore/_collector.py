@@ -89,7 +89,7 @@ class GradientCollector:
                 parameter.requires_grad_(False)
         for planned in self.plan.modules:
             module = modules[planned.path]
-            device = next(module.parameters()).device
+            device = _device(module)
             bound = self.plan.sketch.bind(
                 planned.name, planned.out_features, planned.in_features, device, planned.elementwise
             )
@@ -193,6 +193,13 @@ class _Pass:
         if spare is not None and fits and len(spare) >= examples:
             return spare[:examples]
         return like.new_empty(examples, self.plan.width)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module lives; quantised layers may keep their weight as a buffer."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    raise CaptureError(f"{type(module).__name__} has neither parameters nor buffers: there is nothing to capture")
 
 
 def _require_shape(found: tuple[int, int], planned: ModulePlan) -> None:

@@ -64,9 +64,13 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
             else:
                 missed[parameter_name] = parameter.numel()
         if missed:
-            reason = _reason(name in planned, layer is not None, module)
+            owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else ""
+            reason = _PARAMETRISED if owner in planned else _reason(name in planned, layer is not None, module)
             left_out.append(Uncaptured(name, type(module).__name__, tuple(missed), sum(missed.values()), reason))
     return Coverage(captured, total, tuple(left_out))
+
+
+_PARAMETRISED = "parametrised: captured is the gradient of the effective weight, not of what it is computed from"
 
 
 def _own_parameters(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
