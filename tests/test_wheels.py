@@ -8,6 +8,7 @@ a wheel forgot to declare cannot be imported.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -18,18 +19,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _readme(member: str) -> str:
+    """The Python blocks of a member's README, one after the other."""
+    text = (ROOT / "packages" / member / "README.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
 # Member → members whose wheels come with it, and what to try.
 MEMBERS = {
     "gradcore": (
         (),
-        """
-import torch
-from gradcore import CapturePlan, GradientCollector, TwoSided
-model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-plan = CapturePlan.for_model(model, sketch=TwoSided(2))
-with GradientCollector(model, plan) as collector:
-    model(torch.ones(3, 4)).square().sum().backward()
-assert collector.rows.shape == (3, 8)
+        _readme("gradcore")
+        + """
+assert collector.gradients["0"].shape == (6, 4, 10)
+assert norms.keys() == {"0", "2"}
 """,
     ),
     "gradstore": (
