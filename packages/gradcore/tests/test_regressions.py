@@ -220,3 +220,13 @@ class TestWaysOfRunning:
         truth = collected(model, x.clone())
         for name, gradient in collected(model, x).items():
             torch.testing.assert_close(gradient, truth[name], **CLOSE)
+
+    # torch's own tracer looks at .grad of what the hook returns, and warns of itself.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+    def test_compiled(self):
+        model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 3)
+        truth = collected(model, x)
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)  # hooks that come after the first call must be seen
+        for name, gradient in collected(compiled, x).items():
+            torch.testing.assert_close(gradient, truth[name.removeprefix("_orig_mod.")], **CLOSE)
