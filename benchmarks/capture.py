@@ -2,7 +2,7 @@
 
 (a) transformers' own forward and backward with weight gradients and whole logits,
 (b) the floor: frozen weights, graph rooted at the embedding output, fused loss head, nothing captured,
-(c) capture: the same with a two-sided sketch of every linear layer.
+(c) capture: the same with every captured layer under a sketch: two-sided, tensor, and spectral (fitted beforehand).
 
     uv run python benchmarks/capture.py
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 from _setup import articles, assets, interleaved, pythia_14m
 
@@ -30,7 +31,7 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     from attribute.batching import plan_batches
-    from gradcore import CapturePlan, GradientCollector, TwoSided, per_example_loss
+    from gradcore import CapturePlan, GradientCollector, TensorSketch, TwoSided, fit_spectral, per_example_loss
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -47,7 +48,16 @@ def main() -> None:
 
     model = pythia_14m()
     base, head = model.base_model, model.get_output_embeddings()
+
+    def sample() -> None:
+        for inputs, labels in batches[:2]:
+            per_example_loss(base(inputs, use_cache=False)[0], head.weight, labels).sum().backward()
+
     plan = CapturePlan.for_model(base, sketch=TwoSided(options.side))
+    plans = {f"two-sided {options.side**2}": plan}
+    for floats in (256, 1024):
+        plans[f"tensor {floats}"] = CapturePlan.for_model(base, sketch=TensorSketch(floats))
+        plans[f"spectral {floats}"] = fit_spectral(base, plan, sample, floats=floats)
 
     def plain() -> None:
         for inputs, labels in batches:
@@ -63,21 +73,22 @@ def main() -> None:
             per_example_loss(hidden, head.weight, labels).sum().backward()
         model.requires_grad_(True)
 
-    def capture() -> None:
+    def capture(plan: CapturePlan) -> None:
         with GradientCollector(base, plan) as collector:
             for inputs, labels in batches:
                 hidden = base(inputs, use_cache=False)[0]
                 per_example_loss(hidden, head.weight, labels).sum().backward()
                 collector.take()
 
-    seconds = interleaved({"plain": plain, "floor": floor, "capture": capture}, options.repeats)
+    captures = {name: partial(capture, plan) for name, plan in plans.items()}
+    seconds = interleaved({"plain": plain, "floor": floor, **captures}, options.repeats)
     rates = {name: round(float(lengths.sum()) / each) for name, each in seconds.items()}
     result = {
         "tokens": int(lengths.sum()),
         "threads": torch.get_num_threads(),
         "tokens_per_second": rates,
-        "capture/floor": round(seconds["floor"] / seconds["capture"], 3),
-        "capture/plain": round(seconds["plain"] / seconds["capture"], 2),
+        "share of the floor": {name: round(seconds["floor"] / seconds[name], 3) for name in plans},
+        "times plain": {name: round(seconds["plain"] / seconds[name], 2) for name in plans},
     }
     print(json.dumps(result, indent=1))
 

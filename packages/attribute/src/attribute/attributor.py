@@ -16,6 +16,7 @@ from attribute._device_search import search_on
 from attribute._errors import RunError
 from attribute.methods import method_named
 from attribute.model import pick_device
+from attribute.spectral import plan_of
 from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
 from gradstore import FaissConfig, FaissIndex, GradientStore, SearchResult
 
@@ -195,13 +196,6 @@ def record_text(record: Mapping[str, Any]) -> str:
     if isinstance(record.get("text"), str):
         return record["text"]
     return "".join(str(value) for value in record.values() if isinstance(value, str))
-
-
-def plan_of(store: GradientStore) -> CapturePlan:
-    """The capture plan a store was made with."""
-    if not isinstance(store.plan, dict) or "capture" not in store.plan:
-        raise RunError(f"{store.path} holds a gradient store that no build made: it has no capture plan")
-    return CapturePlan.from_dict(store.plan["capture"])
 
 
 def require_same_weights(plan: CapturePlan, module: nn.Module, index: str) -> None:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from attribute._errors import AttributionError
-from gradcore import Identity, Sketch, TwoSided
+from gradcore import Identity, Sketch, Spectral, TensorSketch, TwoSided
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SKETCHES = ("two-sided", "tensor", "spectral")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
 
 
@@ -66,6 +67,9 @@ class IndexConfig:
             layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
         include_bias: capture biases too, as one more input that is always 1.
+        sketch_kind: ``two-sided``, with ``projection_dim``; ``tensor`` keeps more of a gradient in as many floats;
+            ``spectral`` most of all, in a basis fitted to a sample of the rows (``docs/sketches.md``).
+        sketch_floats: floats a module of the tensor sketch, and on average of the spectral one.
         projection_dim: side of the two-sided sketch; 0 keeps whole gradients.
         projection_type: entries of the sketch, ``rademacher`` or ``normal``.
         projection_seed: another seed is another sketch.
@@ -84,6 +88,8 @@ class IndexConfig:
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     include_bias: bool = False
+    sketch_kind: str = "two-sided"
+    sketch_floats: int = 256
     projection_dim: int = 16
     projection_type: str = "rademacher"
     projection_seed: int = 0
@@ -96,6 +102,9 @@ class IndexConfig:
     def __post_init__(self) -> None:
         _require("precision", self.precision, PRECISIONS)
         _require("store-dtype", self.store_dtype, STORE_DTYPES)
+        _require("sketch", self.sketch_kind, SKETCHES)
+        if self.sketch_floats < 2:
+            raise AttributionError(f"--sketch-floats must be at least 2, not {self.sketch_floats}")
         if self.projection_dim < 0:
             raise AttributionError(f"--projection-dim must be 0 (no sketch) or positive, not {self.projection_dim}")
         if self.rows_per_shard < 0:
@@ -106,6 +115,10 @@ class IndexConfig:
     @property
     def sketch(self) -> Sketch:
         """The sketch these options describe."""
+        if self.sketch_kind == "tensor":
+            return TensorSketch(self.sketch_floats, self.projection_seed)
+        if self.sketch_kind == "spectral":
+            return Spectral(self.sketch_floats, seed=self.projection_seed)
         if not self.projection_dim:
             return Identity()
         return TwoSided(self.projection_dim, self.projection_type, self.projection_seed)

@@ -125,6 +125,17 @@ def capturing(model: LanguageModel, collector: GradientCollector, reduction: str
     return measure
 
 
+def capturing_nothing(model: LanguageModel, reduction: str) -> Measure:
+    """Forward and backward for somebody else's hooks; the blocks hold losses only."""
+
+    def measure(batch: Batch) -> RowBlock:
+        losses = finite_losses(model, batch, reduction)
+        losses.sum().backward()
+        return RowBlock(batch.rows, losses.new_empty(len(losses), 0), losses.detach(), labelled_tokens(batch))
+
+    return measure
+
+
 def finite_losses(model: LanguageModel, batch: Batch, reduction: str) -> Tensor:
     """Losses ``[n]`` of a batch.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from attribute.run import (
     require_same_options,
     scratch_beside,
 )
-from gradcore import AttentionConfig, CapturePlan, coverage
+from attribute.spectral import BASIS, fit_basis, plan_of, save_basis
+from gradcore import AttentionConfig, CapturePlan, Spectral, coverage
 from gradstore import GradientStore, StoreWriter
 
 
@@ -118,7 +120,14 @@ def collect_gradients(
         tokens = tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
+        if isinstance(plan.sketch, Spectral):
+            if (path / BASIS).exists():
+                begun = plan_of(GradientStore.open(path, partial=True))
+                plan = replace(plan, sketch=begun.sketch)
+            else:
+                plan = fit_basis(language_model, tokens, plan, budget=config.token_batch_size, progress=progress)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
+            save_basis(path, plan)
             if on_begun is not None:
                 on_begun()
             writer.write_data(records_of(scratch))

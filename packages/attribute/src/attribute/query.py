@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from attribute._errors import DataError, RunError
-from attribute.attributor import Attribution, Attributor, Hit, plan_of, record_text, require_same_weights
+from attribute.attributor import Attribution, Attributor, Hit, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
 from attribute.data import Row, TokenFileWriter, open_source, rows_of
 from attribute.data.sources import Source
 from attribute.engine import gradients_of
 from attribute.index import source_of
 from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.spectral import plan_of
 from gradstore import GradientStore
 
 

@@ -110,3 +110,18 @@ def grouped_data_options(group: str, about: str) -> Callable[[F], F]:
         option("max-tokens", default=0, help=f"{about}: stop after the row that reaches this many tokens."),
         option("data-args", default="", metavar="A=1,B=X", help=f"{about}: arguments for the dataset loader."),
     )
+
+
+sketch_options = _stack(
+    click.option(
+        "--sketch",
+        "sketch_kind",
+        type=click.Choice(["two-sided", "tensor", "spectral"]),
+        default="two-sided",
+        show_default=True,
+        help="What is kept of a gradient: spectral, fitted to a sample, keeps most in as many floats.",
+    ),
+    click.option(
+        "--sketch-floats", default=256, show_default=True, help="Floats a module of the tensor and spectral sketches."
+    ),
+)

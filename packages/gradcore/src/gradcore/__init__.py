@@ -4,17 +4,20 @@ from gradcore._addressing import select_modules
 from gradcore._collector import GradientCollector
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
+from gradcore._fidelity import Fidelity, fidelity
 from gradcore._fingerprint import model_fingerprint
+from gradcore._fit_spectral import fit_spectral
 from gradcore._loss import IGNORE, per_example_loss
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
-from gradcore.sketches import Identity, Sketch, TwoSided
+from gradcore.sketches import Identity, Sketch, Spectral, SpectralBasis, TensorSketch, TwoSided
 
 __all__ = [
     "AttentionConfig",
     "CaptureError",
     "CapturePlan",
     "Coverage",
+    "Fidelity",
     "GradCoreError",
     "GradientCollector",
     "IGNORE",
@@ -24,8 +27,13 @@ __all__ = [
     "PlanMismatch",
     "SelectionError",
     "Sketch",
+    "Spectral",
+    "SpectralBasis",
+    "TensorSketch",
     "TwoSided",
     "coverage",
+    "fidelity",
+    "fit_spectral",
     "model_fingerprint",
     "per_example_loss",
     "select_modules",

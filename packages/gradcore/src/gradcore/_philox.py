@@ -58,6 +58,12 @@ def normal(rows: int, columns: int, key: tuple[int, int]) -> Tensor:
     return pairs.reshape(rows, -1)[:, :columns].to(torch.float32)
 
 
+def order(count: int, key: tuple[int, int]) -> Tensor:
+    """A random permutation of ``count`` numbers: the order of as many 64-bit keys, ties by number."""
+    words = _words(1, math.ceil(count / 2), key).reshape(-1, 2)
+    return ((words[:, 0] << 31) ^ words[:, 1])[:count].argsort(stable=True)
+
+
 def _words(rows: int, counters: int, key: tuple[int, int]) -> Tensor:
     """Random words ``[rows, counters, 4]``; the counter is (column block, row, 0, 0)."""
     grid = torch.zeros(rows, counters, 4, dtype=torch.int64)

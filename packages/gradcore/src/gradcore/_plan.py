@@ -105,7 +105,9 @@ class CapturePlan:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one example's captured gradient, by module."""
         return {
-            module.name: self.sketch.shape(module.out_features, module.in_features, module.elementwise)
+            module.name: self.sketch.shape(
+                module.out_features, module.in_features, module.elementwise, name=module.name
+            )
             for module in self.modules
         }
 

@@ -243,7 +243,7 @@ def _score(
 ) -> ScoreStore:
     import shutil
 
-    from attribute.attributor import plan_of
+    from attribute.spectral import plan_of
 
     index, queries = stores["index"], stores["queries"]
     plan_of(queries).require_equal(plan_of(index), this="the queries", that="the index")

@@ -72,7 +72,9 @@ class _Handing(Sketch):
     state: _State
     kind: ClassVar[str] = "handing"
 
-    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
         return (1,)
 
     def bind(

@@ -201,7 +201,7 @@ def gram_of_store(store: GradientStore, *, joint: bool = False, sample: int = 0)
     Raises:
         AttributionError: a block is too wide for a dense matrix, or no row has a gradient.
     """
-    from attribute.attributor import plan_of
+    from attribute.spectral import plan_of
 
     sums = GramSums(plan_of(store), joint=joint)
     stride = max(1, -(-store.rows // sample)) if sample else 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trace_cli._options import capture_options, data_options, model_options
+from trace_cli._options import capture_options, data_options, model_options, sketch_options
 
 
 @click.command("build")
@@ -15,6 +15,7 @@ from trace_cli._options import capture_options, data_options, model_options
 @model_options
 @data_options
 @capture_options
+@sketch_options
 @click.option(
     "--store-dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4", "int2", "int1"]),

@@ -2,6 +2,19 @@
 
 from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch, sketch_from_dict
 from gradcore.sketches.identity import Identity
+from gradcore.sketches.spectral import ModuleBasis, Spectral, SpectralBasis
+from gradcore.sketches.tensor import TensorSketch
 from gradcore.sketches.two_sided import TwoSided
 
-__all__ = ["BoundSketch", "Identity", "Sketch", "TwoSided", "register_sketch", "sketch_from_dict"]
+__all__ = [
+    "BoundSketch",
+    "Identity",
+    "ModuleBasis",
+    "Sketch",
+    "Spectral",
+    "SpectralBasis",
+    "TensorSketch",
+    "TwoSided",
+    "register_sketch",
+    "sketch_from_dict",
+]

@@ -45,7 +45,9 @@ class Sketch(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
         """Shape of one example's sketched gradient for a gradient of ``[out, in]``."""
 
     @abstractmethod

@@ -23,7 +23,9 @@ class Identity(Sketch):
 
     kind: ClassVar[str] = "identity"
 
-    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
         """``(out, in)``."""
         return out_features, in_features
 
@@ -49,3 +51,15 @@ class _BoundIdentity(BoundSketch):
 
     def vector(self, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class BoundWhole(_BoundIdentity):
+    """All of a gradient that is no larger than a sketch of it, flat."""
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        """``[n, out · in]``."""
+        return super().combine(out_factor, in_factor).flatten(1).float()
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        """``[n, out · in]``."""
+        return gradient.flatten(1).float()

@@ -47,7 +47,9 @@ class TwoSided(Sketch):
         if self.entries not in _ENTRIES:
             raise GradCoreError(f"sketch entries must be one of {', '.join(_ENTRIES)}, not {self.entries!r}")
 
-    def shape(self, out_features: int, in_features: int, elementwise: bool = False) -> tuple[int, ...]:
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
         """``(side, side)``; a vector layer has ``(min(side², d),)``."""
         if elementwise:
             return (min(self.side**2, out_features * in_features),)

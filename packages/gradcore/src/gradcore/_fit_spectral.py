@@ -1,0 +1,208 @@
+"""Fitting a spectral sketch: two runs over a sample, one for the covariances of the factors, one for the moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradcore._collector import GradientCollector
+from gradcore._errors import CaptureError
+from gradcore._factors import Factor
+from gradcore._plan import CapturePlan
+from gradcore.sketches import BoundSketch, ModuleBasis, Sketch, Spectral, SpectralBasis
+
+REACH = 5.0
+"""Rows and columns of the corner that is searched, in units of √floats."""
+
+
+def fit_spectral(
+    model: nn.Module,
+    plan: CapturePlan,
+    run: Callable[[], object],
+    *,
+    floats: int = 256,
+    total: int = 0,
+    seed: int = 0,
+) -> CapturePlan:
+    """The plan with a spectral sketch fitted to a sample.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(64, 8)
+    >>> plan = fit_spectral(model, CapturePlan.for_model(model), lambda: model(x).square().sum().backward(), floats=9)
+    >>> plan.columns
+    {'0': 9, '2': 9}
+
+    Args:
+        model: the model.
+        plan: which modules; its sketch is replaced.
+        run: forward and backward over every batch of the sample; called twice.
+        floats: kept a module, where no total is given.
+        total: floats a row shared by all modules: those coordinates of any module with the largest moments.
+        seed: of the tensor sketch of modules without a basis.
+
+    Raises:
+        CaptureError: the sample gave some module no gradient at all.
+    """
+    matrices = [each for each in plan.modules if each.kind != "embedding"]
+    if not matrices:
+        raise CaptureError(
+            "a spectral sketch needs at least one module that is not a lookup table: use a tensor sketch"
+        )
+    factors = {each.name: _Factors() for each in matrices}
+    part = replace(plan, modules=tuple(matrices))
+    with _accumulating(model, replace(part, sketch=_Accumulate(sums=factors))):
+        run()
+    # Where modules share, one may take several times its equal part.
+    most = 4 * math.ceil(total / len(matrices)) if total else floats
+    corners: dict[str, _Corner] = {}
+    for each in matrices:
+        found = factors[each.name]
+        if found.out is None or found.into is None:
+            raise CaptureError(f"the sample gave {each.name} no gradient: a basis cannot be fitted to it")
+        rows, columns = _sides(len(found.out), len(found.into), most)
+        corners[each.name] = _Corner(leading(found.out, rows), leading(found.into, columns))
+        factors[each.name] = _Factors()  # the covariances are no longer needed
+    with _accumulating(model, replace(part, sketch=_Accumulate(sums=corners))):
+        run()
+    counts = _shared(corners, total) if total else dict.fromkeys(corners, floats)
+    bases = {each.name: corners[each.name].keep(counts[each.name]) for each in matrices}
+    bases = {name: basis for name, basis in bases.items() if len(basis.pairs)}
+    basis = SpectralBasis(bases)
+    budgets = tuple((name, len(basis.modules[name].pairs)) for name in bases if total) if total else ()
+    return replace(plan, sketch=Spectral(floats, basis.digest, budgets, seed, basis))
+
+
+def _sides(out_features: int, in_features: int, floats: int) -> tuple[int, int]:
+    """Rows and columns of the corner: REACH · √floats, and more on one side where the other is too narrow for that."""
+    reach = math.ceil(REACH * math.sqrt(floats))
+    columns = min(in_features, reach)
+    rows = min(out_features, max(reach, math.ceil(floats / columns)))
+    return rows, min(in_features, max(columns, math.ceil(floats / rows)))
+
+
+def leading(covariance: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, ``[d, ≤ count]`` float32, each with its largest entry positive."""
+    vectors = torch.linalg.eigh(covariance.double())[1].flip(1)[:, :count]
+    peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * peaks.sign()).float()
+
+
+class _Factors:
+    """Σ g gᵀ and Σ x xᵀ of one module."""
+
+    def __init__(self) -> None:
+        self.out: Tensor | None = None
+        self.into: Tensor | None = None
+
+    def add(self, out_factor: Tensor, in_factor: Tensor) -> None:
+        """Positions of a batch, ``[n, s, d]`` each."""
+        self.out = _plus(self.out, out_factor)
+        self.into = _plus(self.into, in_factor)
+
+    def add_vectors(self, gradient: Tensor) -> None:
+        """A vector layer's gradient ``[n, d]`` is its own only factor."""
+        self.out = _plus(self.out, gradient[:, None])
+        self.into = gradient.new_ones(1, 1)
+
+
+@dataclass
+class _Corner:
+    """Second moments of the leading coordinates of one module."""
+
+    out_basis: Tensor
+    in_basis: Tensor
+    moments: Tensor = field(init=False)
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        self.moments = self.out_basis.new_zeros(self.out_basis.shape[1], self.in_basis.shape[1])
+
+    def add(self, out_factor: Tensor, in_factor: Tensor) -> None:
+        left, right = out_factor @ self.out_basis, in_factor @ self.in_basis
+        self.moments += (left.mT @ right).square_().sum(0)
+        self.examples += len(out_factor)
+
+    def add_vectors(self, gradient: Tensor) -> None:
+        self.moments += (gradient @ self.out_basis).square_().sum(0)[:, None]
+        self.examples += len(gradient)
+
+    def keep(self, floats: int) -> ModuleBasis:
+        """The ``floats`` largest, with no more of either basis than they use.
+
+        A corner of a few rows more than needed may not hold as many; then a module keeps what there is.
+        """
+        flat = self.moments.flatten()
+        pairs = flat.argsort(descending=True, stable=True)[: min(floats, flat.numel())]
+        columns = self.moments.shape[1]
+        rows, used = int((pairs // columns).max()) + 1, int((pairs % columns).max()) + 1
+        return ModuleBasis(
+            self.out_basis[:, :rows].contiguous().cpu(),
+            self.in_basis[:, :used].contiguous().cpu(),
+            (pairs // columns * used + pairs % columns).cpu(),
+            (flat[pairs] / max(self.examples, 1)).cpu(),
+        )
+
+
+def _shared(corners: dict[str, _Corner], total: int) -> dict[str, int]:
+    """How many coordinates of each module are among the ``total`` largest of all; at least 2 each."""
+    every = torch.cat([each.moments.flatten().cpu() / max(each.examples, 1) for each in corners.values()])
+    owner = torch.cat([torch.full((c.moments.numel(),), i) for i, c in enumerate(corners.values())])
+    chosen = owner[every.argsort(descending=True, stable=True)[:total]]
+    counts = torch.bincount(chosen, minlength=len(corners)).tolist()
+    return {name: min(max(2, count), corners[name].moments.numel()) for name, count in zip(corners, counts)}
+
+
+def _plus(total: Tensor | None, factor: Tensor) -> Tensor:
+    flat = factor.flatten(0, 1)
+    product = flat.T @ flat
+    return product if total is None else total.add_(product)
+
+
+def _accumulating(model: nn.Module, plan: CapturePlan) -> AbstractContextManager[Any]:
+    return GradientCollector(model, plan, lambda name, gradient: None)
+
+
+@dataclass(frozen=True)
+class _Accumulate(Sketch):
+    """Not a sketch but a listener: each module's factors are handed to its accumulator, and nothing is kept."""
+
+    kind: ClassVar[str] = "accumulate"
+    sums: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
+        return (0,)
+
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
+        return _Listener(self.sums[name])
+
+
+class _Listener(BoundSketch):
+    def __init__(self, sums: Any) -> None:
+        self._sums = sums
+
+    def project_out(self, factor: Factor) -> Factor:
+        return factor
+
+    def project_in(self, factor: Factor) -> Factor:
+        return factor
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        assert isinstance(out_factor, Tensor)
+        assert isinstance(in_factor, Tensor)
+        self._sums.add(out_factor.float(), in_factor.float())
+        return out_factor.new_empty(len(out_factor), 0)
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        self._sums.add_vectors(gradient.flatten(1).float())
+        return gradient.new_empty(len(gradient), 0)

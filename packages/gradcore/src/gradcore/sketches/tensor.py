@@ -1,0 +1,138 @@
+"""Tensor sketch: each factor is count-sketched, and the sketches are convolved (Pham & Pagh 2013, algorithm 1).
+
+    sketch(Σ_s g_s x_sᵀ) = F⁻¹ Σ_s F(C₁ g_s) ⊙ F(C₂ x_s)
+
+is a count sketch of the whole gradient whose hash is the sum of two: unbiased, one float per place instead of a square,
+and the gradient is never formed. For a rank-1 gradient ‖sketch‖² has relative noise about √(6/floats), 0.155 at 256;
+the two-sided sketch has √((1 + 2/16)² − 1) = 0.515 at as many floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcore._errors import GradCoreError
+from gradcore._factors import Factor
+from gradcore.sketches._counts import CountSketch
+from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch
+from gradcore.sketches.identity import BoundWhole
+
+BLOCK_FLOATS = 1 << 18
+"""Spread factors of a block of tokens: small enough to stay in a core's cache."""
+
+
+@register_sketch
+@dataclass(frozen=True)
+class TensorSketch(Sketch):
+    """``floats`` a module whatever its shape, at O((in + out) + floats · log floats) a token; needs no data.
+
+    >>> TensorSketch(floats=256).shape(4096, 1024)
+    (256,)
+
+    Args:
+        floats: places kept a module; a gradient that has no more is kept whole.
+        seed: another seed is another sketch; hashes are keyed by (module, floats, seed).
+    """
+
+    floats: int = 256
+    seed: int = 0
+    kind: ClassVar[str] = "tensor"
+
+    def __post_init__(self) -> None:
+        if self.floats < 2:
+            raise GradCoreError(f"a tensor sketch keeps at least 2 floats a module, not {self.floats}")
+
+    def shape(
+        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
+    ) -> tuple[int, ...]:
+        """``(min(floats, out · in),)``."""
+        return (min(self.floats, out_features * in_features),)
+
+    def bind(
+        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
+    ) -> BoundSketch:
+        """Two hashes; one for a vector layer; none for a gradient that is kept whole."""
+        whole = out_features * in_features
+        if whole <= self.floats:
+            return BoundWhole()
+        if elementwise:
+            key = (name, self.floats, self.seed)
+            return _BoundVector(CountSketch(key, whole, self.floats, device, scattered=True))
+        sides = {"left": out_features, "right": in_features}
+        narrow = min(sides, key=lambda side: sides[side])
+        left, right = (
+            CountSketch((name, side, self.floats, self.seed), width, self.floats, device, scattered=side == narrow)
+            for side, width in sides.items()
+        )
+        return _BoundTensor(left, right)
+
+
+class _BoundTensor(BoundSketch):
+    """Two count sketches and their convolution."""
+
+    def __init__(self, left: CountSketch, right: CountSketch) -> None:
+        self._left, self._right = left, right
+
+    def project_out(self, factor: Factor) -> Factor:
+        return self._left.folded(factor)
+
+    def project_in(self, factor: Factor) -> Factor:
+        return self._right.folded(factor)
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        width = self._left.width
+        n, s = _positions(out_factor)
+        total: Tensor | None = None
+        step = max(1, BLOCK_FLOATS // width)
+        rows = max(1, step // max(s, 1))
+        parts: list[Tensor] = []
+        for first in range(0, n, rows):
+            some = slice(first, first + rows)
+            total = None
+            for at in range(0, s, step):
+                place = some, slice(at, at + step)
+                product = torch.fft.rfft(self._left.spread(_cut(out_factor, place)), n=width)
+                product *= torch.fft.rfft(self._right.spread(_cut(in_factor, place)), n=width)
+                # As floats: summing complex numbers is several times slower on a CPU.
+                block = torch.view_as_real(product).sum(1)
+                total = block if total is None else total.add_(block)
+            assert total is not None
+            parts.append(total)
+        return torch.fft.irfft(torch.view_as_complex(torch.cat(parts)), n=width)
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        raise GradCoreError("a matrix layer's gradient comes as factors")
+
+
+class _BoundVector(BoundSketch):
+    """A count sketch of a vector layer's gradient."""
+
+    def __init__(self, sketch: CountSketch) -> None:
+        self._sketch = sketch
+
+    def project_out(self, factor: Factor) -> Factor:
+        return factor
+
+    def project_in(self, factor: Factor) -> Factor:
+        return factor
+
+    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
+        raise GradCoreError("a vector layer's gradient comes whole")
+
+    def vector(self, gradient: Tensor) -> Tensor:
+        return self._sketch.spread(self._sketch.folded(gradient.flatten(1).float()))
+
+
+def _positions(factor: Factor) -> tuple[int, int]:
+    shape = factor.shape if isinstance(factor, Tensor) else factor.ids.shape
+    return shape[0], shape[1]
+
+
+def _cut(factor: Factor, place: tuple[slice, slice]) -> Factor:
+    if isinstance(factor, Tensor):
+        return factor[place]
+    return type(factor)(factor.ids[place], factor.width)
