@@ -2,7 +2,8 @@
 
 (a) transformers' own forward and backward with weight gradients and whole logits,
 (b) the floor: frozen weights, graph rooted at the embedding output, fused loss head, nothing captured,
-(c) capture: the same with every captured layer under a sketch: two-sided, tensor, and spectral (fitted beforehand).
+(c) capture: the same with every linear layer under a sketch, as `trace build` has it: two-sided, tensor, and spectral
+    (fitted beforehand); and once with every layer that can be captured.
 
     uv run python benchmarks/capture.py
 """
@@ -31,7 +32,15 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     from attribute.batching import plan_batches
-    from gradcore import CapturePlan, GradientCollector, TensorSketch, TwoSided, fit_spectral, per_example_loss
+    from gradcore import (
+        MATRICES,
+        CapturePlan,
+        GradientCollector,
+        TensorSketch,
+        TwoSided,
+        fit_spectral,
+        per_example_loss,
+    )
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -53,10 +62,11 @@ def main() -> None:
         for inputs, labels in batches[:2]:
             per_example_loss(base(inputs, use_cache=False)[0], head.weight, labels).sum().backward()
 
-    plan = CapturePlan.for_model(base, sketch=TwoSided(options.side))
-    plans = {f"two-sided {options.side**2}": plan}
+    plan = CapturePlan.for_model(base, kinds=MATRICES, sketch=TwoSided(options.side))
+    every = CapturePlan.for_model(base, sketch=TwoSided(options.side))
+    plans = {f"two-sided {options.side**2}": plan, f"two-sided {options.side**2}, all": every}
     for floats in (256, 1024):
-        plans[f"tensor {floats}"] = CapturePlan.for_model(base, sketch=TensorSketch(floats))
+        plans[f"tensor {floats}"] = CapturePlan(plan.modules, TensorSketch(floats))
         plans[f"spectral {floats}"] = fit_spectral(base, plan, sample, floats=floats)
 
     def plain() -> None:

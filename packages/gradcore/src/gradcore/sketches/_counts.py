@@ -35,11 +35,11 @@ class CountSketch:
         self, identity: tuple[object, ...], features: int, width: int, device: torch.device, *, scattered: bool
     ) -> None:
         self.features, self.width = features, width
-        self._stride = max(1, width // features)
+        self.stride = _spacing(features, width) if scattered else 1
         signs = rademacher(1, features, stream_key(*identity, "signs"))[0]
         ordered = order(features, stream_key(*identity, "order")) if scattered else torch.arange(features)
         places = torch.empty_like(ordered)
-        places[ordered] = torch.arange(features) * (self._stride if scattered else 1) % width
+        places[ordered] = torch.arange(features) * self.stride % width
         self.signs, self.places = signs.to(device), places.to(device)
         self._order = ordered.to(device) if scattered else None
         self._ordered_signs = signs[ordered].to(device)
@@ -67,11 +67,37 @@ class CountSketch:
             signs = torch.where(folded.ids >= 0, self.signs[known], 0.0)
             return out.scatter_(-1, self.places[known][..., None], signs[..., None])
         folded = folded.float()
-        if self._order is None or self._stride == 1:
+        if self.stride == 1:
             return folded
-        out = folded.new_zeros(*folded.shape, self._stride)
+        out = folded.new_zeros(*folded.shape, self.stride)
         out[..., 0] = folded
         return out.flatten(-2)
+
+    def spectrum(self, folded: Factor) -> Tensor:
+        """The Fourier transform of :meth:`spread` up to its middle, ``[..., width // 2 + 1]``."""
+        return torch.fft.rfft(self.spread(folded), n=self.width)
+
+    def multiply(self, spectrum: Tensor, folded: Factor) -> Tensor:
+        """``spectrum`` times this one's, in place.
+
+        Numbers spaced ``stride`` apart have the spectrum of the numbers alone, ``stride`` times over: a short
+        transform is enough.
+        """
+        if self.stride == 1 or isinstance(folded, OneHot):
+            return spectrum.mul_(self.spectrum(folded))
+        short = torch.fft.fft(folded.float(), n=self.width // self.stride)  # [..., width / stride]
+        half = self.width // 2
+        spectrum[..., :half].unflatten(-1, (self.stride // 2, -1)).mul_(short[..., None, :])
+        spectrum[..., half].mul_(short[..., 0])
+        return spectrum
+
+
+def _spacing(features: int, width: int) -> int:
+    """The largest power of two that divides ``width`` and leaves room for all features."""
+    stride = 1
+    while width % (2 * stride) == 0 and width // (2 * stride) >= features:
+        stride *= 2
+    return stride
 
 
 def _columns(factor: Tensor, index: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class _BoundTensor(BoundSketch):
     def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
         width = self._left.width
         n, s = _positions(out_factor)
-        total: Tensor | None = None
+        sides = (self._left, out_factor), (self._right, in_factor)
+        wide, narrow = sides if self._left.stride == 1 else reversed(sides)
         step = max(1, BLOCK_FLOATS // width)
         rows = max(1, step // max(s, 1))
         parts: list[Tensor] = []
@@ -95,8 +96,8 @@ class _BoundTensor(BoundSketch):
             total = None
             for at in range(0, s, step):
                 place = some, slice(at, at + step)
-                product = torch.fft.rfft(self._left.spread(_cut(out_factor, place)), n=width)
-                product *= torch.fft.rfft(self._right.spread(_cut(in_factor, place)), n=width)
+                product = wide[0].spectrum(_cut(wide[1], place))
+                narrow[0].multiply(product, _cut(narrow[1], place))
                 # As floats: summing complex numbers is several times slower on a CPU.
                 block = torch.view_as_real(product).sum(1)
                 total = block if total is None else total.add_(block)
