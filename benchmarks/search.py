@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -84,10 +84,8 @@ def peak_of_a_search(path: Path, queries: Path, module: str) -> float:
     return int(done.stdout) / 1024
 
 
-def numpy_memmap(path: Path, store: GradientStore, queries: np.ndarray) -> Callable[[], object] | None:
+def numpy_memmap(path: Path, store: GradientStore, queries: np.ndarray) -> Callable[[], object]:
     """The ten lines that people write: float32 matrix on disk, blockwise product, argpartition."""
-    if store.dtype != "fp32":
-        return None
     flat = path.with_suffix(".bin")
     with open(flat, "wb") as file:
         for _, start, stop in store.shards:
@@ -102,19 +100,30 @@ def numpy_memmap(path: Path, store: GradientStore, queries: np.ndarray) -> Calla
     return run
 
 
-def faiss_indexes(store: GradientStore, queries: np.ndarray) -> dict[str, Callable[[], object]]:
+def faiss_indexes(store: GradientStore, queries: np.ndarray) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One at a time, so that memory holds one; an index that would not fit is left out, and said so."""
     try:
         import faiss
     except ImportError:
-        return {}
-    rows = store.block(0, store.rows)
-    calls: dict[str, Callable[[], object]] = {}
-    for factory in ("Flat", "SQfp16", "IVF64,SQfp16"):
+        return
+    for factory, floats in (("Flat", 4), ("SQfp16", 2), ("IVF64,SQfp16", 2)):
+        needed = store.rows * store.width * floats
+        if needed > 0.8 * available_memory():
+            print(f"faiss {factory}: {needed / 1e9:.1f} GB do not fit into memory")
+            continue
         index = faiss.index_factory(store.width, factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows[:4096])
-        index.add(rows)
-        calls[f"faiss {factory} (top only)"] = lambda index=index: index.search(queries, 10)
-    return calls
+        index.train(store.block(0, min(4096, store.rows)))
+        for start in range(0, store.rows, 8192):
+            index.add(store.block(start, min(start + 8192, store.rows)))
+        yield f"faiss {factory} (top only)", partial(index.search, queries, 10)
+        del index
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    line = next(line for line in lines if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def row(name: str, seconds: float, size: int, reading: float) -> None:
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "bf16", "int8", "int4", "int2", "int1"])
+    parser.add_argument("--faiss", nargs="*", default=["fp32"], help="also index the rows of these stores by FAISS")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
@@ -159,9 +169,11 @@ def main() -> None:
                 row(f"{dtype} {metric}", best(call, options.repeats), size, reading)
             print(f"{dtype + ' peak':28}{peak_of_a_search(path, Path(folder) / 'queries.npy', module):9.0f} MB")
             if dtype == "fp32":
-                others = {"numpy memmap": numpy_memmap(path, store, queries), **faiss_indexes(store, queries)}
-                for name, call in others.items():
+                row("numpy memmap", best(numpy_memmap(path, store, queries), options.repeats), size, reading)
+            if dtype in options.faiss:
+                for name, call in faiss_indexes(store, queries):
                     row(name, best(call, options.repeats), size, reading)
+                    del call  # the index with it: the next needs the memory
             shutil.rmtree(path)
 
 

@@ -10,14 +10,26 @@ from gradcore._fit_spectral import fit_spectral
 from gradcore._loss import IGNORE, per_example_loss
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
-from gradcore.sketches import Identity, Sketch, Spectral, SpectralBasis, TensorSketch, TwoSided
+from gradcore.sketches import (
+    Dense,
+    GlobalSketch,
+    Identity,
+    Sketch,
+    SparseJL,
+    Spectral,
+    SpectralBasis,
+    TensorSketch,
+    TwoSided,
+)
 
 __all__ = [
     "AttentionConfig",
     "CaptureError",
     "CapturePlan",
     "Coverage",
+    "Dense",
     "Fidelity",
+    "GlobalSketch",
     "GradCoreError",
     "GradientCollector",
     "IGNORE",
@@ -27,6 +39,7 @@ __all__ = [
     "PlanMismatch",
     "SelectionError",
     "Sketch",
+    "SparseJL",
     "Spectral",
     "SpectralBasis",
     "TensorSketch",

@@ -170,12 +170,13 @@ class _Pass:
                 f"{name} saw {len(flat)} examples, modules before it {len(self.rows)}: "
                 "the first dimension of every captured input must be the example"
             )
-        part = self.rows[:, self.plan.slices[name]]
-        if name in self.touched:
+        column = self.plan.column_of(name)
+        part = self.rows[:, self.plan.slices[column]]
+        if column in self.touched:
             part += flat
         else:
             part.copy_(flat)
-            self.touched.add(name)
+            self.touched.add(column)
 
     def finish(self) -> Tensor:
         """The rows, with zeros where no gradient arrived."""

@@ -42,10 +42,13 @@ def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def rademacher(rows: int, columns: int, key: tuple[int, int]) -> Tensor:
-    """Independent signs ``[rows, columns]`` in float32: one bit an entry, 128 columns a counter."""
-    words = _words(rows, math.ceil(columns / 128), key).reshape(rows, -1)  # [rows, 4 × counters]
-    bits = (words[..., None] >> torch.arange(32)) & 1  # [rows, words, 32]
+def rademacher(rows: int, columns: int, key: tuple[int, int], *, first: int = 0) -> Tensor:
+    """Independent signs ``[rows, columns]`` in float32: one bit an entry, 128 columns a counter.
+
+    ``first`` is the number of the first row: rows drawn in portions are the rows drawn at once.
+    """
+    drawn = _words(rows, math.ceil(columns / 128), key, first).reshape(rows, -1)  # [rows, 4 × counters]
+    bits = (drawn[..., None] >> torch.arange(32)) & 1  # [rows, words, 32]
     return bits.reshape(rows, -1)[:, :columns].mul(2).sub(1).to(torch.float32)
 
 
@@ -60,15 +63,20 @@ def normal(rows: int, columns: int, key: tuple[int, int]) -> Tensor:
 
 def order(count: int, key: tuple[int, int]) -> Tensor:
     """A random permutation of ``count`` numbers: the order of as many 64-bit keys, ties by number."""
-    words = _words(1, math.ceil(count / 2), key).reshape(-1, 2)
-    return ((words[:, 0] << 31) ^ words[:, 1])[:count].argsort(stable=True)
+    drawn = _words(1, math.ceil(count / 2), key).reshape(-1, 2)
+    return ((drawn[:, 0] << 31) ^ drawn[:, 1])[:count].argsort(stable=True)
 
 
-def _words(rows: int, counters: int, key: tuple[int, int]) -> Tensor:
-    """Random words ``[rows, counters, 4]``; the counter is (column block, row, 0, 0)."""
+def words(rows: int, columns: int, key: tuple[int, int]) -> Tensor:
+    """Random 32-bit words ``[rows, columns]`` as int64, four columns a counter."""
+    return _words(rows, math.ceil(columns / 4), key).reshape(rows, -1)[:, :columns]
+
+
+def _words(rows: int, counters: int, key: tuple[int, int], first: int = 0) -> Tensor:
+    """Random words ``[rows, counters, 4]``; the counter is (column block, first + row, 0, 0)."""
     grid = torch.zeros(rows, counters, 4, dtype=torch.int64)
     grid[..., 0] = torch.arange(counters)
-    grid[..., 1] = torch.arange(rows)[:, None]
+    grid[..., 1] = torch.arange(first, first + rows)[:, None]
     return philox(grid, key)
 
 

@@ -19,6 +19,7 @@ from gradcore.layers import layer_for
 from gradcore.sketches import Identity, Sketch, sketch_from_dict
 
 REDUCTIONS = ("sum", "mean")
+GLOBAL = "global"
 MATRICES = ("linear", "hf_conv1d")
 
 
@@ -103,7 +104,9 @@ class CapturePlan:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one example's captured gradient, by module."""
+        """Shape of one example's captured gradient, by module; under ``"global"`` where a sketch sums them."""
+        if self.sketch.summed:
+            return {GLOBAL: self.sketch.shape(0, 0)}
         return {
             module.name: self.sketch.shape(
                 module.out_features, module.in_features, module.elementwise, name=module.name
@@ -113,7 +116,7 @@ class CapturePlan:
 
     @cached_property
     def columns(self) -> dict[str, int]:
-        """Floats a row by module, in column order."""
+        """Floats a row by :attr:`shapes`, in column order."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @cached_property
@@ -124,6 +127,10 @@ class CapturePlan:
             found[name] = slice(ends, ends + size)
             ends += size
         return found
+
+    def column_of(self, module: str) -> str:
+        """The name under which a module's gradient stands in :attr:`shapes`, :attr:`columns` and :attr:`slices`."""
+        return GLOBAL if self.sketch.summed else module
 
     @property
     def width(self) -> int:

@@ -168,7 +168,7 @@ class _Trainer:
             )
         groups = [{"params": masks, "lr": plan.lr}, {"params": head, "lr": plan.probe_lr}]
         groups = [group for group in groups if group["params"]]
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, foreach=True)
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=True)
         device = next(probe.base.parameters()).device
         # λ₂ starts at 30, not 0: without that damping the share pruned swings around its target (measured: ±0.1).
         self.multipliers = torch.tensor([0.0, 30.0], device=device, requires_grad=plan.target_sparsity is not None)

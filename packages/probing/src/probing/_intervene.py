@@ -114,7 +114,7 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
             fill = item.fill.to(output.dtype)
             fill = (fill if fill.ndim > 1 else along(fill, output)) * (1 - keep)
             shift = fill if shift is None else fill + shift
-        return output * keep if shift is None else torch.addcmul(shift, output, keep)
+        return output * keep if shift is None else _Scaled.apply(output, keep, shift)  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
         if bias is not None:
@@ -123,6 +123,27 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
         # First among the hooks: a readout on this very module must see the masked value.
         stack.callback(module.register_forward_hook(hook, prepend=True).remove)
         yield
+
+
+class _Scaled(torch.autograd.Function):
+    """shift + output · keep, both vectors along the last axis: addcmul, whose own backward makes a copy more."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, keep: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(output, keep)
+        ctx.shift = shift.shape
+        return torch.addcmul(shift, output, keep)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grads
+        output, keep = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            grad * keep if needs[0] else None,
+            (grad * output).sum_to_size(keep.shape) if needs[1] else None,
+            grad.sum_to_size(ctx.shift) if needs[2] else None,
+        )
 
 
 def _by_row(mask: Tensor, value: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class _SoftNearestNeighbour(torch.autograd.Function):
             part = slice(start, min(start + rows, n))
             w = torch.matmul(v[..., part, :], k.mT).sub_(1).exp_()  # […, r, N]
             w.diagonal(start, -2, -1).zero_()
-            same = labels[..., part, None] == labels[..., None, :]
+            # As floats: a product with booleans converts them each time, which costs more than all the rest.
+            same = (labels[..., part, None] == labels[..., None, :]).to(w.dtype)
             own = (w * same).sum(-1).add_(EPSILON)
             every = w.sum(-1).add_(EPSILON)
             loss -= (own / every).log().sum(-1)
@@ -66,7 +67,7 @@ class _SoftNearestNeighbour(torch.autograd.Function):
                 every, own = every + every.mT, own + own.mT
                 toward = torch.matmul(w.mul_(every.addcmul_(own, same, value=-1)), v)
                 continue
-            w.mul_(torch.where(same, every - own, every))
+            w.mul_(every - own * same)
             toward[..., part, :] += torch.matmul(w, k)
             if keys is None:
                 toward += torch.matmul(w.mT, v[..., part, :])

@@ -43,6 +43,8 @@ class Sketch(ABC):
     """A frozen, hashable description of a sketch; subclasses are dataclasses whose fields say everything."""
 
     kind: ClassVar[str]
+    summed: ClassVar[bool] = False
+    """Whether all modules share the columns, so that a row is the sum of their sketches."""
 
     @abstractmethod
     def shape(

@@ -59,16 +59,29 @@ class TensorSketch(Sketch):
         whole = out_features * in_features
         if whole <= self.floats:
             return BoundWhole()
-        if elementwise:
-            key = (name, self.floats, self.seed)
-            return _BoundVector(CountSketch(key, whole, self.floats, device, scattered=True))
-        sides = {"left": out_features, "right": in_features}
-        narrow = min(sides, key=lambda side: sides[side])
-        left, right = (
-            CountSketch((name, side, self.floats, self.seed), width, self.floats, device, scattered=side == narrow)
-            for side, width in sides.items()
-        )
-        return _BoundTensor(left, right)
+        return bound_tensor_sketch((name,), out_features, in_features, self.floats, self.seed, device, elementwise)
+
+
+def bound_tensor_sketch(
+    identity: tuple[str, ...],
+    out_features: int,
+    in_features: int,
+    floats: int,
+    seed: int,
+    device: torch.device,
+    elementwise: bool,
+) -> BoundSketch:
+    """The sketch of one module, also of one that has fewer entries than there are places."""
+    if elementwise:
+        key = (*identity, floats, seed)
+        return _BoundVector(CountSketch(key, out_features * in_features, floats, device, scattered=True))
+    sides = {"left": out_features, "right": in_features}
+    narrow = min(sides, key=lambda side: sides[side])
+    left, right = (
+        CountSketch((*identity, side, floats, seed), width, floats, device, scattered=side == narrow)
+        for side, width in sides.items()
+    )
+    return _BoundTensor(left, right)
 
 
 class _BoundTensor(BoundSketch):
@@ -125,7 +138,8 @@ class _BoundVector(BoundSketch):
         raise GradCoreError("a vector layer's gradient comes whole")
 
     def vector(self, gradient: Tensor) -> Tensor:
-        return self._sketch.spread(self._sketch.folded(gradient.flatten(1).float()))
+        spread = self._sketch.spread(self._sketch.folded(gradient.flatten(1).float()))
+        return torch.nn.functional.pad(spread, (0, self._sketch.width - spread.shape[1]))
 
 
 def _positions(factor: Factor) -> tuple[int, int]:
