@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from attribute import AttributionError, DataConfig, IndexConfig, RunError, build_index
+from attribute.progress import Quiet
 from attribute.query import Asker, QueryConfig
 from attribute.spectral import plan_of
-from gradcore import Spectral, fidelity
+from gradcore import Dense, Fidelity, GlobalSketch, Identity, SparseJL, Spectral, TensorSketch, TwoSided, fidelity
 from gradstore import GradientStore
 
 
@@ -34,11 +35,12 @@ def contents(path: Path) -> dict[str, bytes]:
     return {each.relative_to(path).as_posix(): each.read_bytes() for each in path.rglob("*") if each.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["tensor", "spectral"])
+@pytest.mark.parametrize("kind", ["tensor", "spectral", "dense", "sparse", "global"])
 def test_a_row_asked_for_finds_itself(kind, config, tmp_path):
     store = build_index(tmp_path / "run", replace(config, sketch_kind=kind))
-    modules = len(store.columns)
+    modules = 1 if kind == "global" else len(store.columns)
     assert store.width == 24 * modules
+    assert list(store.columns) == ["global"] if kind == "global" else modules > 1
     text = store.data(3)["text"]
     found = Asker.open(tmp_path / "run").ask([{"text": text}], QueryConfig(top_k=1))
     assert found.proponents(0)[0].text == text
@@ -98,8 +100,57 @@ def test_a_missing_or_foreign_basis_is_named(config, tmp_path):
         plan_of(GradientStore.open(tmp_path / "run"))
 
 
+def test_what_a_sketch_keeps_is_measured_and_said(config, tmp_path):
+    """The note and the file say what comparing the finished rows with exact ones says, up to the choice of rows."""
+    notes: list[str] = []
+
+    class Noting(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    found = {}
+    for kind in ("spectral", "tensor", "dense"):
+        store = build_index(tmp_path / kind, replace(config, sketch_kind=kind), progress=Noting())
+        found[kind] = store.meta["fidelity"]
+        assert notes[-1] == f"fidelity of the sketch: {Fidelity(**found[kind])}"
+    exact = build_index(tmp_path / "exact", replace(config, sketch_kind="", projection_dim=0), progress=Noting())
+    assert exact.meta["fidelity"] is None
+    rows, sketched = (torch.from_numpy(s.block(0, s.rows)) for s in (exact, GradientStore.open(tmp_path / "tensor")))
+    order = shuffled_rows_of(exact)[::-1][:24].copy()
+    want = fidelity(sketched[order], rows[order])
+    assert found["tensor"]["spearman"] == pytest.approx(want.spearman, abs=0.02)
+    assert found["tensor"]["error"] == pytest.approx(want.error, rel=0.02)
+    assert found["spectral"]["spearman"] > found["tensor"]["spearman"]
+
+
+def shuffled_rows_of(store: GradientStore) -> np.ndarray:
+    losses = store.side("loss")
+    return np.random.default_rng(0).permutation(np.flatnonzero(losses > 0))
+
+
+def test_too_few_rows_or_too_large_gradients_are_not_measured(config, tmp_path, monkeypatch):
+    few = replace(config, sketch_kind="tensor", data=replace(config.data, split="train[:2]"))
+    assert build_index(tmp_path / "few", few).meta["fidelity"] is None
+    monkeypatch.setattr("attribute._fidelity._WHOLE_FLOATS", 100)
+    assert build_index(tmp_path / "large", replace(config, sketch_kind="tensor")).meta["fidelity"] is None
+
+
+def test_the_default_is_spectral_and_a_side_means_two_sided():
+    assert isinstance(IndexConfig().sketch, Spectral)
+    assert IndexConfig(projection_dim=8).sketch == TwoSided(8)
+    assert IndexConfig(projection_dim=0).sketch == Identity()
+    assert IndexConfig(sketch_kind="two-sided").sketch == TwoSided(16)
+    assert IndexConfig().two_sided().sketch == TwoSided(16)
+    assert IndexConfig(projection_dim=0).two_sided().sketch == Identity()
+    kinds = {"tensor": TensorSketch, "dense": Dense, "sparse": SparseJL, "global": GlobalSketch, "spectral": Spectral}
+    for name, kind in kinds.items():
+        assert IndexConfig(sketch_kind=name, sketch_floats=64, projection_seed=3).sketch == kind(64, seed=3)
+
+
 def test_other_sketches_are_refused():
-    with pytest.raises(AttributionError, match="--sketch must be one of two-sided, tensor, spectral"):
-        IndexConfig(sketch_kind="dense")
+    with pytest.raises(AttributionError, match="--sketch must be one of spectral, tensor, two-sided"):
+        IndexConfig(sketch_kind="fourier")
     with pytest.raises(AttributionError, match="--sketch-floats must be at least 2"):
         IndexConfig(sketch_floats=1)
+    with pytest.raises(AttributionError, match="--sketch tensor has --sketch-floats"):
+        IndexConfig(sketch_kind="tensor", projection_dim=8)

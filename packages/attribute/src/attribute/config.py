@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from attribute._errors import AttributionError
-from gradcore import Identity, Sketch, Spectral, TensorSketch, TwoSided
+from gradcore import Dense, GlobalSketch, Identity, Sketch, SparseJL, Spectral, TensorSketch, TwoSided
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-SKETCHES = ("two-sided", "tensor", "spectral")
+SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
 
 
@@ -67,10 +67,10 @@ class IndexConfig:
             layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
         include_bias: capture biases too, as one more input that is always 1.
-        sketch_kind: ``two-sided``, with ``projection_dim``; ``tensor`` keeps more of a gradient in as many floats;
-            ``spectral`` most of all, in a basis fitted to a sample of the rows (``docs/sketches.md``).
-        sketch_floats: floats a module of the tensor sketch, and on average of the spectral one.
-        projection_dim: side of the two-sided sketch; 0 keeps whole gradients.
+        sketch_kind: what is kept of a gradient (``docs/sketches.md``). By default ``spectral``, in a basis fitted to a
+            sample of the rows, or ``two-sided`` where ``projection_dim`` is given.
+        sketch_floats: floats a module (spectral: on average; global: of all modules together).
+        projection_dim: side of the two-sided sketch, 16 if that kind is asked for; 0 keeps whole gradients.
         projection_type: entries of the sketch, ``rademacher`` or ``normal``.
         projection_seed: another seed is another sketch.
         loss_reduction: ``sum`` or ``mean`` over the labelled tokens of a row.
@@ -88,9 +88,9 @@ class IndexConfig:
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     include_bias: bool = False
-    sketch_kind: str = "two-sided"
+    sketch_kind: str = ""
     sketch_floats: int = 256
-    projection_dim: int = 16
+    projection_dim: int | None = None
     projection_type: str = "rademacher"
     projection_seed: int = 0
     loss_reduction: str = "sum"
@@ -102,11 +102,16 @@ class IndexConfig:
     def __post_init__(self) -> None:
         _require("precision", self.precision, PRECISIONS)
         _require("store-dtype", self.store_dtype, STORE_DTYPES)
-        _require("sketch", self.sketch_kind, SKETCHES)
+        if self.sketch_kind:
+            _require("sketch", self.sketch_kind, SKETCHES)
         if self.sketch_floats < 2:
             raise AttributionError(f"--sketch-floats must be at least 2, not {self.sketch_floats}")
-        if self.projection_dim < 0:
+        if self.projection_dim is not None and self.projection_dim < 0:
             raise AttributionError(f"--projection-dim must be 0 (no sketch) or positive, not {self.projection_dim}")
+        if self.projection_dim is not None and self.sketch_kind not in ("", "two-sided"):
+            raise AttributionError(
+                f"--projection-dim is the side of the two-sided sketch; --sketch {self.sketch_kind} has --sketch-floats"
+            )
         if self.rows_per_shard < 0:
             raise AttributionError(f"--rows-per-shard must be 0 (by size) or positive, not {self.rows_per_shard}")
         if self.token_batch_size < 1:
@@ -114,14 +119,28 @@ class IndexConfig:
 
     @property
     def sketch(self) -> Sketch:
-        """The sketch these options describe."""
-        if self.sketch_kind == "tensor":
-            return TensorSketch(self.sketch_floats, self.projection_seed)
-        if self.sketch_kind == "spectral":
-            return Spectral(self.sketch_floats, seed=self.projection_seed)
-        if not self.projection_dim:
+        """The sketch these options describe; a spectral one has yet to be fitted."""
+        floats, seed = self.sketch_floats, self.projection_seed
+        match self.sketch_kind or ("spectral" if self.projection_dim is None else "two-sided"):
+            case "spectral":
+                return Spectral(floats, seed=seed)
+            case "tensor":
+                return TensorSketch(floats, seed)
+            case "dense":
+                return Dense(floats, seed)
+            case "sparse":
+                return SparseJL(floats, seed=seed)
+            case "global":
+                return GlobalSketch(floats, seed)
+        if self.projection_dim == 0:
             return Identity()
-        return TwoSided(self.projection_dim, self.projection_type, self.projection_seed)
+        return TwoSided(self.projection_dim or 16, self.projection_type, seed)
+
+    def two_sided(self) -> IndexConfig:
+        """The same with a two-sided sketch where nothing else was asked for: what methods defined on one take."""
+        if self.sketch_kind or self.projection_dim is not None:
+            return self
+        return replace(self, projection_dim=16)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form that :meth:`from_dict` reads back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from attribute._errors import DataError
+from attribute._fidelity import sketch_fidelity
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.engine import RowBlock, run_pass
@@ -27,7 +28,7 @@ from attribute.run import (
     scratch_beside,
 )
 from attribute.spectral import BASIS, fit_basis, plan_of, save_basis
-from gradcore import AttentionConfig, CapturePlan, Spectral, coverage
+from gradcore import AttentionConfig, CapturePlan, Fidelity, Identity, Spectral, coverage
 from gradstore import GradientStore, StoreWriter
 
 
@@ -126,7 +127,12 @@ def collect_gradients(
                 plan = replace(plan, sketch=begun.sketch)
             else:
                 plan = fit_basis(language_model, tokens, plan, budget=config.token_batch_size, progress=progress)
-        with _writer(path, tokens, plan, config, language_model.head_fingerprint()) as writer:
+        kept = None
+        if not isinstance(plan.sketch, Identity) and not is_begun(path):
+            kept = sketch_fidelity(language_model, tokens, plan, budget=config.token_batch_size)
+            if kept is not None:
+                progress.note(f"fidelity of the sketch: {kept}")
+        with _writer(path, tokens, plan, config, language_model.head_fingerprint(), kept) as writer:
             save_basis(path, plan)
             if on_begun is not None:
                 on_begun()
@@ -222,7 +228,9 @@ def _left_out(left_out: Iterable[Any], head: int) -> str:
     return ", ".join(f"{kind} {floats:,}" for kind, floats in by_reason.items())
 
 
-def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig, head: str) -> StoreWriter:
+def _writer(
+    path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfig, head: str, kept: Fidelity | None
+) -> StoreWriter:
     identity = {
         "capture": plan.to_dict(),
         "head": head,
@@ -237,7 +245,11 @@ def _writer(path: Path, tokens: TokenFile, plan: CapturePlan, config: IndexConfi
         rows=len(tokens),
         columns=plan.columns,
         plan=identity,
-        meta={"config": config.to_dict(), "sign": "positive scores are proponents"},
+        meta={
+            "config": config.to_dict(),
+            "sign": "positive scores are proponents",
+            "fidelity": None if kept is None else asdict(kept),
+        },
         dtype=config.store_dtype,
         rows_per_shard=config.rows_per_shard or None,
         side_columns=("loss", "tokens"),

@@ -18,8 +18,8 @@ from gradcore import CapturePlan, GradCoreError, Spectral, SpectralBasis, fit_sp
 from gradstore import GradientStore
 
 BASIS = "basis.safetensors"
-SAMPLE_TOKENS = (16_384, 262_144)
-"""Least and most tokens of a sample; between them it is an eighth of the data."""
+SAMPLE_TOKENS = (8_192, 262_144)
+"""Least and most tokens of a sample; between them it is a sixteenth of the data."""
 
 
 def fit_basis(
@@ -46,12 +46,11 @@ def fit_basis(
     sketch = plan.sketch
     assert isinstance(sketch, Spectral)
     lengths = tokens.lengths
-    rows = np.array([row for row in range(len(tokens)) if tokens.labelled(row).any()], dtype=np.int64)
+    rows = shuffled_rows(tokens, plan)
     if not len(rows):
         raise DataError("a spectral sketch is fitted to rows with a loss, and there are none: use --sketch tensor")
-    rows = np.random.default_rng(sketch.seed).permutation(rows)
     least, most = SAMPLE_TOKENS
-    wanted = min(most, max(least, int(lengths.sum()) // 8))
+    wanted = min(most, max(least, int(lengths.sum()) // 16))
     rows = np.sort(rows[: int(np.searchsorted(lengths[rows].cumsum(), wanted)) + 1])
 
     def run() -> None:
@@ -66,6 +65,12 @@ def fit_basis(
     fitted = fit_spectral(model.base, plan, run, floats=sketch.floats, total=total, seed=sketch.seed)
     progress.stop()
     return fitted
+
+
+def shuffled_rows(tokens: TokenFile, plan: CapturePlan) -> np.ndarray:
+    """Rows with a loss in an order drawn by the sketch's seed: a basis is fitted to the first of them."""
+    rows = np.array([row for row in range(len(tokens)) if tokens.labelled(row).any()], dtype=np.int64)
+    return np.random.default_rng(getattr(plan.sketch, "seed", 0)).permutation(rows)
 
 
 def plan_of(store: GradientStore) -> CapturePlan:

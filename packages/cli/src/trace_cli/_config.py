@@ -13,7 +13,7 @@ from trace_cli._progress import Bars
 
 def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
     """Fill the configuration; neither model nor dataset means the demo's."""
-    values = dict(options)
+    values = {**options, "sketch_kind": options.get("sketch_kind") or ""}
     if not values["model"] and not values["dataset"]:
         from attribute.demo.run import demo_config
 

@@ -67,8 +67,8 @@ capture_options = _stack(
     click.option("--include-bias", is_flag=True, help="Capture biases too."),
     click.option(
         "--projection-dim",
-        default=16,
-        show_default=True,
+        type=int,
+        default=None,
         help="Side of the two-sided sketch, its square floats a module; 0 keeps whole gradients.",
     ),
     click.option(
@@ -116,12 +116,12 @@ sketch_options = _stack(
     click.option(
         "--sketch",
         "sketch_kind",
-        type=click.Choice(["two-sided", "tensor", "spectral"]),
-        default="two-sided",
-        show_default=True,
-        help="What is kept of a gradient: spectral, fitted to a sample, keeps most in as many floats.",
+        type=click.Choice(["spectral", "tensor", "two-sided", "dense", "sparse", "global"]),
+        default=None,
+        help="What is kept of a gradient. Default: spectral, fitted to a sample, which keeps most in as many floats; "
+        "two-sided if --projection-dim is given.",
     ),
     click.option(
-        "--sketch-floats", default=256, show_default=True, help="Floats a module of the tensor and spectral sketches."
+        "--sketch-floats", default=256, show_default=True, help="Floats a module (of all together, for global)."
     ),
 )

@@ -4,7 +4,7 @@ from gradcore._addressing import select_modules
 from gradcore._collector import GradientCollector
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
-from gradcore._fidelity import Fidelity, fidelity
+from gradcore._fidelity import Fidelity, fidelity, gram_fidelity
 from gradcore._fingerprint import model_fingerprint
 from gradcore._fit_spectral import fit_spectral
 from gradcore._loss import IGNORE, per_example_loss
@@ -47,6 +47,7 @@ __all__ = [
     "coverage",
     "fidelity",
     "fit_spectral",
+    "gram_fidelity",
     "model_fingerprint",
     "per_example_loss",
     "select_modules",

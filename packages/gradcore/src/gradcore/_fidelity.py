@@ -47,14 +47,26 @@ def fidelity(sketched: Tensor, exact: Tensor) -> Fidelity:
     if len(sketched) != len(exact):
         raise GradCoreError(f"{len(sketched)} sketched rows and {len(exact)} exact ones are not of the same examples")
     exact, sketched = exact.double(), sketched.double()
-    scale = exact.norm(dim=1)
+    return gram_fidelity(sketched @ sketched.T, exact @ exact.T)
+
+
+def gram_fidelity(sketched: Tensor, exact: Tensor) -> Fidelity:
+    """The same from inner products alone, which can be summed module by module.
+
+    Args:
+        sketched, exact: ``[n, n]`` inner products of the same examples.
+
+    Raises:
+        GradCoreError: fewer than 3 examples with a gradient.
+    """
+    scale = exact.double().diagonal().sqrt()
     kept = scale > 0
     if int(kept.sum()) < 3:
         raise GradCoreError("fidelity needs at least 3 examples with a gradient")
-    exact, sketched = exact[kept] / scale[kept, None], sketched[kept] / scale[kept, None]
-    truth, found = exact @ exact.T, sketched @ sketched.T
+    both = (each.double()[kept][:, kept] / scale[kept] / scale[kept, None] for each in (exact, sketched))
+    truth, found = both
     norms = found.diagonal().sqrt().clamp_min(torch.finfo(torch.double).tiny)
-    apart = ~torch.eye(len(truth), dtype=torch.bool)
+    apart = ~torch.eye(len(truth), dtype=torch.bool, device=truth.device)
     ranks = [_ranks(each[apart].view(len(truth), -1)) for each in (truth, found / norms / norms[:, None])]
     return Fidelity(
         spearman=float(torch.linalg.vecdot(*ranks).mean()),

@@ -24,6 +24,7 @@ from attribute.index import announce, collect_gradients, tokenise
 from attribute.model import LanguageModel, load_model, load_tokenizer
 from attribute.progress import Progress, Quiet
 from attribute.run import scratch_beside
+from gradcore import Identity, Spectral
 from gradstore import GradientStore, ScoreStore, SearchResult
 
 _STRETCH = 64  # neighbouring rows sampled together, so that they can share a batch
@@ -56,7 +57,9 @@ def fit_preconditioners(
         gram = gram_of_store(store, joint=joint, sample=sample)
         gram.save(path, source=str(index))
         return gram
-    config, progress = config or IndexConfig(), progress or Quiet()
+    config, progress = (config or IndexConfig()).two_sided(), progress or Quiet()
+    if isinstance(config.sketch, Spectral):
+        raise AttributionError("a spectral basis belongs to an index: build one and fit its rows (--index RUN)")
     with _opened(path, config, progress) as (model, tokens):
         plan = model.plan(config)
         announce(model, plan, progress)
@@ -83,9 +86,14 @@ def fit_hessian(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Kronecker:
-    """Fit K-FAC, EK-FAC, TK-FAC or Shampoo factors over a dataset; the arguments are those of :func:`fit_kronecker`."""
+    """Fit K-FAC, EK-FAC, TK-FAC or Shampoo factors over a dataset; the arguments are those of :func:`fit_kronecker`.
+
+    Factors are those of whole gradients unless the configuration asks for a sketch.
+    """
     _refuse_existing(path, overwrite)
     progress = progress or Quiet()
+    if not config.sketch_kind and config.projection_dim is None:
+        config = replace(config, projection_dim=0)
     with _opened(path, config, progress) as (model, tokens):
         plan = model.plan(config)
         announce(model, plan, progress)
@@ -179,9 +187,12 @@ def trackstar(
     Raises:
         AttributionError: no projection: R would be as large as the square of a weight matrix.
     """
-    path, progress = Path(path), progress or Quiet()
-    if not config.projection_dim:
-        raise AttributionError("TrackStar needs a sketch: R is a dense matrix over it (--projection-dim 16 or more)")
+    path, progress, config = Path(path), progress or Quiet(), config.two_sided()
+    if isinstance(config.sketch, Identity | Spectral):
+        raise AttributionError(
+            "TrackStar needs a sketch that both sides share without a fit, since R is a dense matrix over it: "
+            "--projection-dim 16 or more"
+        )
     if (path / "scores" / "manifest.json").exists() and not overwrite:
         raise RunError(f"{path} holds a finished run already: --overwrite replaces it")
     sides = {"index": config, "queries": replace(config, data=query, store_dtype="fp32")}

@@ -70,7 +70,3 @@ def command(
     )
     save_config(run_path, "hessian")
     print_spectra(run_path, found.rows, found.spectrum(), as_json=as_json)
-
-
-# Whole gradients unless a sketch is asked for.
-next(each for each in command.params if each.name == "projection_dim").default = 0
