@@ -39,7 +39,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_a_row_asked_for_finds_itself(kind, config, tmp_path):
     store = build_index(tmp_path / "run", replace(config, sketch_kind=kind))
     modules = 1 if kind == "global" else len(store.columns)
-    assert store.width == 24 * modules
+    assert 24 * (modules - 1) < store.width <= 24 * modules  # shared by modules, a residual rounds down
     assert list(store.columns) == ["global"] if kind == "global" else modules > 1
     text = store.data(3)["text"]
     found = Asker.open(tmp_path / "run").ask([{"text": text}], QueryConfig(top_k=1))
@@ -120,7 +120,7 @@ def test_what_a_sketch_keeps_is_measured_and_said(config, tmp_path):
     want = fidelity(sketched[order], rows[order])
     assert found["tensor"]["spearman"] == pytest.approx(want.spearman, abs=0.02)
     assert found["tensor"]["error"] == pytest.approx(want.error, rel=0.02)
-    assert found["spectral"]["spearman"] > found["tensor"]["spearman"]
+    assert found["spectral"]["error"] < found["tensor"]["error"]
 
 
 def shuffled_rows_of(store: GradientStore) -> np.ndarray:

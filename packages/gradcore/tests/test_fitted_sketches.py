@@ -1,5 +1,7 @@
 """Tensor and spectral sketches: equal to their definitions on whole gradients, unbiased or best, and never mixed up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,10 @@ from gradcore import (
     TensorSketch,
     fidelity,
     fit_spectral,
+    with_residual,
 )
 from gradcore._factors import OneHot
+from gradcore.sketches.tensor import bound_tensor_sketch
 
 CPU = torch.device("cpu")
 
@@ -198,3 +202,83 @@ def test_fidelity_is_what_it_says():
         fidelity(exact[:5], exact)
     with pytest.raises(GradCoreError, match="at least 2"):
         Spectral(1)
+
+
+def dense_tail(plan, whole):
+    """Per module: the gradient less its projection on the kept coordinates, written out."""
+    found = {}
+    for module in plan.modules:
+        basis, gradient = plan.sketch.basis.modules[module.name], whole[module.name]
+        columns = basis.in_basis.shape[1]
+        left, right = basis.out_basis[:, basis.pairs // columns], basis.in_basis[:, basis.pairs % columns]
+        atoms = torch.einsum("ok,ik->koi", left, right)
+        matrix = gradient.flatten(2) if not module.elementwise else gradient.flatten(1)[..., None]
+        kept = torch.einsum("noi,koi->nk", matrix, atoms)
+        found[module.name] = matrix - torch.einsum("nk,koi->noi", kept, atoms)
+    return found
+
+
+def test_a_residual_is_the_tensor_sketch_of_what_the_basis_leaves_out():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randint(50, (40, 6))
+    plan = CapturePlan.for_model(model, exclude="table", include_bias=True)
+    run = lambda: model(x).square().sum().backward()  # noqa: E731
+    fitted = fit_spectral(model, plan, run, floats=32, total=32 * len(plan.modules))
+    split = with_residual(fitted, 0.5)
+    assert split.width <= fitted.width
+    with GradientCollector(model, plan) as exact:
+        run()
+    with GradientCollector(model, split) as found:
+        run()
+    tails = dense_tail(split, exact.gradients)
+    for module in split.modules:
+        lead = len(split.sketch.basis.modules[module.name].pairs)
+        rows = found.gradients[module.name]
+        rest = rows.shape[1] - lead
+        if not rest:
+            continue
+        tail = tails[module.name]
+        bound = bound_tensor_sketch(
+            (module.name, "residual"), module.out_features, module.in_features, rest, 0, CPU, module.elementwise
+        )
+        if module.elementwise:
+            want = bound.vector(tail[..., 0].unflatten(1, (module.out_features, -1)))
+        else:  # column by column, each a rank-one gradient
+            eye = torch.eye(module.in_features).expand(len(tail), -1, -1)
+            want = bound.combine(bound.project_out(tail.mT), bound.project_in(eye))
+        assert_close(rows[:, lead:], want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_with_a_residual_inner_products_are_unbiased():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randint(50, (10, 6))
+    plan = CapturePlan.for_model(model)
+    run = lambda: model(x).square().sum().backward()  # noqa: E731
+    with GradientCollector(model, plan) as exact:
+        run()
+    want, found = exact.rows @ exact.rows.T, []
+    fitted = with_residual(fit_spectral(model, plan, run, floats=24, total=24 * len(plan.modules)))
+    for seed in range(200):
+        sketch = replace(fitted.sketch, seed=seed)
+        with GradientCollector(model, replace(fitted, sketch=sketch)) as collector:
+            run()
+        found.append(collector.rows @ collector.rows.T)
+    spread = torch.stack(found)
+    assert float(((spread.mean(0) - want).abs() / (spread.std(0) / 200**0.5)).max()) < 5
+
+
+def test_a_residual_needs_a_fitted_basis_and_comes_back_from_a_saved_plan():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randint(50, (10, 6))
+    plan = CapturePlan.for_model(model)
+    with pytest.raises(GradCoreError, match="fitted with a total"):
+        with_residual(plan)
+    with pytest.raises(GradCoreError, match="residual=0 without them"):
+        Spectral(residual=8)
+    fitted = with_residual(
+        fit_spectral(model, plan, lambda: model(x).square().sum().backward(), floats=24, total=24 * len(plan.modules))
+    )
+    again = CapturePlan.from_dict(fitted.to_dict())
+    assert again == fitted
+    assert again.columns == fitted.columns
+    assert again.sketch.with_basis(fitted.sketch.basis).residual == fitted.sketch.residual > 0

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from attribute._errors import DataError
-from attribute._fidelity import sketch_fidelity
+from attribute._fidelity import Yardstick
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.engine import RowBlock, run_pass
@@ -27,8 +27,8 @@ from attribute.run import (
     require_same_options,
     scratch_beside,
 )
-from attribute.spectral import BASIS, fit_basis, plan_of, save_basis
-from gradcore import AttentionConfig, CapturePlan, Fidelity, Identity, Spectral, coverage
+from attribute.spectral import fit_basis, plan_of, save_basis
+from gradcore import AttentionConfig, CapturePlan, Fidelity, Identity, Spectral, coverage, with_residual
 from gradstore import GradientStore, StoreWriter
 
 
@@ -121,17 +121,7 @@ def collect_gradients(
         tokens = tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
-        if isinstance(plan.sketch, Spectral):
-            if (path / BASIS).exists():
-                begun = plan_of(GradientStore.open(path, partial=True))
-                plan = replace(plan, sketch=begun.sketch)
-            else:
-                plan = fit_basis(language_model, tokens, plan, budget=config.token_batch_size, progress=progress)
-        kept = None
-        if not isinstance(plan.sketch, Identity) and not is_begun(path):
-            kept = sketch_fidelity(language_model, tokens, plan, budget=config.token_batch_size)
-            if kept is not None:
-                progress.note(f"fidelity of the sketch: {kept}")
+        plan, kept = _settled(path, language_model, tokens, plan, config, progress)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint(), kept) as writer:
             save_basis(path, plan)
             if on_begun is not None:
@@ -139,6 +129,41 @@ def collect_gradients(
             writer.write_data(records_of(scratch))
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
+
+
+def _settled(
+    path: Path,
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    config: IndexConfig,
+    progress: Progress,
+) -> tuple[CapturePlan, Fidelity | None]:
+    """The plan with its sketch able to capture, and what a new run's sketch keeps of exact gradients."""
+    if is_begun(path):
+        if isinstance(plan.sketch, Spectral):
+            plan = replace(plan, sketch=plan_of(GradientStore.open(path, partial=True)).sketch)
+        return plan, None
+    if isinstance(plan.sketch, Identity):
+        return plan, None
+    fitted = plan
+    if isinstance(plan.sketch, Spectral):
+        fitted = fit_basis(model, tokens, plan, budget=config.token_batch_size, progress=progress)
+    yardstick = Yardstick(model, tokens, plan, budget=config.token_batch_size)
+    kept = yardstick.judge(fitted)
+    if isinstance(fitted.sketch, Spectral):
+        mixed = with_residual(fitted)
+        other = yardstick.judge(mixed)
+        # The basis alone orders rows well by what they share and loses what sets them apart; where that is most of
+        # them, its inner products are the worse ones. Unmeasured, the unbiased one is taken.
+        if kept is None or (other is not None and other.error <= kept.error):
+            fitted, kept = mixed, other
+        assert isinstance(fitted.sketch, Spectral)
+        lead = sum(count for _, count in fitted.sketch.budgets)
+        progress.note(f"sketch: {lead:,} leading coordinates a row, and {fitted.width - lead:,} floats for the rest")
+    if kept is not None:
+        progress.note(f"fidelity of the sketch: {kept}")
+    return fitted, kept
 
 
 def source_of(data: Any, name: str = "data") -> Source:

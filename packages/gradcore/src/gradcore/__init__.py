@@ -6,7 +6,7 @@ from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
 from gradcore._fidelity import Fidelity, fidelity, gram_fidelity
 from gradcore._fingerprint import model_fingerprint
-from gradcore._fit_spectral import fit_spectral
+from gradcore._fit_spectral import fit_spectral, with_residual
 from gradcore._loss import IGNORE, per_example_loss
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
@@ -51,4 +51,5 @@ __all__ = [
     "model_fingerprint",
     "per_example_loss",
     "select_modules",
+    "with_residual",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcore._collector import GradientCollector
-from gradcore._errors import CaptureError
+from gradcore._errors import CaptureError, GradCoreError
 from gradcore._factors import Factor
 from gradcore._plan import CapturePlan
 from gradcore.sketches import BoundSketch, ModuleBasis, Sketch, Spectral, SpectralBasis
@@ -76,7 +76,57 @@ def fit_spectral(
     bases = {name: basis for name, basis in bases.items() if len(basis.pairs)}
     basis = SpectralBasis(bases)
     budgets = tuple((name, len(basis.modules[name].pairs)) for name in bases if total) if total else ()
-    return replace(plan, sketch=Spectral(floats, basis.digest, budgets, seed, basis))
+    return replace(plan, sketch=Spectral(floats, basis.digest, budgets, seed, 0, basis))
+
+
+def with_residual(plan: CapturePlan, share: float = 0.25) -> CapturePlan:
+    """A fitted plan that gives most of its floats to a sketch of what its basis leaves out.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(64, 8)
+    >>> plan = CapturePlan.for_model(model)
+    >>> plan = fit_spectral(model, plan, lambda: model(x).square().sum().backward(), floats=16, total=32)
+    >>> with_residual(plan).width, with_residual(plan).sketch.residual
+    (32, 12)
+
+    Args:
+        plan: from :func:`fit_spectral` with a total.
+        share: of the floats for the coordinates with the largest moments.
+
+    Raises:
+        GradCoreError: the plan has no fitted basis, or one whose modules do not share a total.
+    """
+    sketch = plan.sketch
+    if not isinstance(sketch, Spectral) or sketch.basis is None or not sketch.budgets:
+        raise GradCoreError("a residual needs a spectral sketch fitted with a total that modules share")
+    modules = sketch.basis.modules
+    total = sum(len(basis.pairs) for basis in modules.values())
+    lead = max(2 * len(modules), round(share * total))
+    every = torch.cat([basis.moments for basis in modules.values()])
+    owner = torch.cat([torch.full((len(basis.pairs),), i) for i, basis in enumerate(modules.values())])
+    counts = torch.bincount(owner[every.argsort(descending=True, stable=True)[:lead]], minlength=len(modules))
+    kept = {
+        name: _first(basis, min(max(2, int(count)), len(basis.pairs)))
+        for (name, basis), count in zip(modules.items(), counts)
+    }
+    left = SpectralBasis(kept)
+    budgets = tuple((name, len(basis.pairs)) for name, basis in kept.items())
+    residual = (total - sum(count for _, count in budgets)) // len(kept)
+    return replace(plan, sketch=Spectral(sketch.floats, left.digest, budgets, sketch.seed, residual, left))
+
+
+def _first(basis: ModuleBasis, count: int) -> ModuleBasis:
+    """The ``count`` coordinates with the largest moments, with no more of either basis than they use."""
+    columns = basis.in_basis.shape[1]
+    row, column = basis.pairs[:count] // columns, basis.pairs[:count] % columns
+    rows, used = int(row.max()) + 1, int(column.max()) + 1
+    return ModuleBasis(
+        basis.out_basis[:, :rows].contiguous(),
+        basis.in_basis[:, :used].contiguous(),
+        row * used + column,
+        basis.moments[:count].contiguous(),
+    )
 
 
 def _sides(out_features: int, in_features: int, floats: int) -> tuple[int, int]:
