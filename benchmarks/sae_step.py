@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shapes", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="DxM; default: all")
     parser.add_argument("--part", nargs="*")
     args = parser.parse_args()
     if args.part:
@@ -131,7 +132,7 @@ def main() -> None:
         return
     if args.peers:
         formats(args.peers)
-    for d, m in SHAPES:
+    for d, m in args.shapes or SHAPES:
         shape = (args.tokens, d, m, 32, args.threads, args.seconds)
         found: dict[str, list[dict[str, float]]] = {}
         for _ in range(args.rounds):

@@ -2,8 +2,10 @@
 
     python benchmarks/sketch_fidelity.py [--rows 100] [--sample 200] [--floats 64 256 1024]
 
-Every linear layer; the spectral basis is fitted on documents that are not compared. Mean Spearman correlation of cosines,
-share of the five nearest rows that are found, error of inner products; means over three seeds where a sketch is random. The last lines are the relative noise of a rank-1 gradient's squared norm, over 2,000 seeds.
+Every linear layer; the spectral basis is fitted on documents that are not compared. Printed are the mean Spearman
+correlation of cosines, the share of the five nearest rows that are found, and the error of inner products; means over
+three seeds where a sketch is random. The last lines are the relative noise of a rank-1 gradient's squared norm, over
+2,000 seeds.
 """
 
 from __future__ import annotations
