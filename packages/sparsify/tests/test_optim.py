@@ -34,3 +34,19 @@ def test_the_rate_ends_at_zero_after_the_last_step(total):
     assert max(rates) == 1
     assert all(r > 0 for r in rates[:-1])
     assert all(a >= b for a, b in zip(rates[warm:], rates[warm + 1 :]))
+
+
+def test_signum_steps_alike_in_pieces_and_whole():
+    """A gradient that is not contiguous is taken whole; the update is elementwise, so both must agree to the bit."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(700, 300), [torch.randn(300, 700) for _ in range(4)]
+    found = []
+    for contiguous in (True, False):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = ScheduleFreeSign([weight], lr=1e-2)
+        for grad in grads:
+            weight.grad = grad.T.contiguous() if contiguous else grad.T.clone(memory_format=torch.preserve_format)
+            assert weight.grad.is_contiguous() == contiguous
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)

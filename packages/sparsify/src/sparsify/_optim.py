@@ -109,12 +109,13 @@ class Scheduled:
 
 
 class ScheduleFreeSign(Optimizer):
-    """Sign descent under schedule-free averaging (Defazio et al. 2024, eqs. 3–5), in three passes over memory.
+    """Sign descent under schedule-free averaging (Defazio et al. 2024, eqs. 3–5), in one pass over memory.
 
         z ← z − γ sign ∇(y)        x ← (1 − c) x + c z,  c = 1/(t + 1)        y ← (1 − β) z + β x
 
     The parameters hold y, where gradients are taken, and only z is stored: x = (y − (1 − β) z) / β. Put into the
-    update of y, x vanishes: y ← (1 − c)(y − (1 − β) z_old) + (1 − β + β c) z_new.
+    update of y, x vanishes: y ← (1 − c)(y − (1 − β) z_old) + (1 − β + β c) z_new, and with z_old = z_new + γ sign ∇
+    that is y ← (1 − c) y + c z_new − (1 − c)(1 − β) γ sign ∇. On a CPU, piece by piece, while a piece is in cache.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, beta: float = 0.95) -> None:
@@ -130,10 +131,9 @@ class ScheduleFreeSign(Optimizer):
             for y in group["params"]:
                 if y.grad is None:
                     continue
-                z = self._z(y)
-                y.add_(z, alpha=beta - 1).mul_(1 - c)
-                z.add_(y.grad.sign_(), alpha=-group["lr"])
-                y.add_(z, alpha=1 - beta + beta * c)
+                for part, z, sign in _pieces(y, self._z(y), y.grad):
+                    z.add_(sign.sign_(), alpha=-group["lr"])
+                    part.lerp_(z, c).add_(sign, alpha=-(1 - c) * (1 - beta) * group["lr"])
         self.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -156,6 +156,13 @@ class ScheduleFreeSign(Optimizer):
         if "z" not in self.state[p]:
             self.state[p]["z"] = p.detach().clone()
         return self.state[p]["z"]
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """CPU tensors of one shape in pieces of half a megabyte; others are best left whole."""
+    if any(each.device.type != "cpu" or not each.is_contiguous() for each in tensors):
+        return (tensors,)
+    return zip(*(each.view(-1).split(1 << 17) for each in tensors))
 
 
 def _fusable(coders: Sequence[nn.Module]) -> bool:
