@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,11 +13,18 @@ from attribute.data import TokenFile
 from attribute.engine import evaluating, finite_losses
 from attribute.model import LanguageModel
 from attribute.spectral import shuffled_rows
-from gradcore import CapturePlan, Fidelity, GradCoreError, GradientCollector, Identity, gram_fidelity
+from gradcore import (
+    CapturePlan,
+    Fidelity,
+    GradCoreError,
+    GradientCollector,
+    Identity,
+    ModuleGradient,
+    OneHot,
+    gram_fidelity,
+)
 
 ROWS = 24
-_WHOLE_FLOATS = 1 << 27
-"""Floats of whole gradients of one module that may exist at once."""
 
 
 class Yardstick:
@@ -27,8 +35,7 @@ class Yardstick:
     """
 
     def __init__(self, model: LanguageModel, tokens: TokenFile, plan: CapturePlan, *, budget: int) -> None:
-        largest = max(module.out_features * module.in_features for module in plan.modules)
-        rows = shuffled_rows(tokens, plan)[::-1][: min(ROWS, _WHOLE_FLOATS // largest)]
+        rows = shuffled_rows(tokens, plan)[::-1][:ROWS]
         self._model, self._batch = model, None
         if len(rows) < 3:
             return
@@ -37,19 +44,25 @@ class Yardstick:
         self._batch = replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
         self._exact = torch.zeros(len(rows), len(rows), dtype=torch.double, device=model.device)
 
-        def add(_: str, gradient: Tensor) -> None:
-            flat = gradient.flatten(1).float()
-            self._exact.add_(flat @ flat.T)
+        calls: dict[str, list[ModuleGradient]] = {}
 
-        with GradientCollector(model.base, replace(plan, sketch=Identity()), add):
+        def add(gradient: ModuleGradient) -> None:
+            products = gradient.dot(gradient).double()
+            for earlier in calls.setdefault(gradient.name, []):  # a module that runs again: (G + H)(G + H)ᵀ
+                crossed = gradient.dot(earlier).double()
+                products += crossed + crossed.T
+            calls[gradient.name].append(gradient)
+            self._exact.add_(products)
+
+        exact = replace(plan, sketch=Identity())
+        with _whole_gradients(model, exact, add):
             self._run(plan)
 
     def judge(self, plan: CapturePlan) -> Fidelity | None:
         """How near a plan's rows come.
 
         Returns:
-            ``None`` where it cannot be measured: fewer than three rows with a loss, or a module whose whole gradients
-            do not fit into memory.
+            ``None`` where it cannot be measured: fewer than three rows with a loss.
         """
         if self._batch is None:
             return None
@@ -65,3 +78,18 @@ class Yardstick:
         assert self._batch is not None
         with torch.enable_grad(), evaluating(self._model):
             finite_losses(self._model, self._batch, plan.reduction).sum().backward()
+
+
+def _whole_gradients(
+    model: LanguageModel, plan: CapturePlan, add: Callable[[ModuleGradient], None]
+) -> GradientCollector:
+    """Factors where gradients have some; under a normaliser that scales each entry they come formed."""
+    if plan.normalizer is None or plan.normalizer.factored:
+        return GradientCollector(model.base, plan, factors=add)
+
+    def formed(name: str, gradient: Tensor) -> None:
+        # A formed gradient is its rows' products with unit vectors: no less exact, and of the same interface.
+        n, out, _ = gradient.shape
+        add(ModuleGradient(name, OneHot(torch.arange(out, device=gradient.device).expand(n, out), out), gradient))
+
+    return GradientCollector(model.base, plan, formed)

@@ -4,12 +4,15 @@ from gradcore._addressing import select_modules
 from gradcore._collector import GradientCollector
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
+from gradcore._factors import OneHot
 from gradcore._fidelity import Fidelity, fidelity, gram_fidelity
 from gradcore._fingerprint import model_fingerprint
 from gradcore._fit_spectral import fit_spectral, with_residual
 from gradcore._loss import IGNORE, per_example_loss
+from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
+from gradcore.normalizers import Normalizer, normalizer_kinds, optimizer_moments
 from gradcore.sketches import (
     Dense,
     GlobalSketch,
@@ -35,7 +38,10 @@ __all__ = [
     "IGNORE",
     "Identity",
     "MATRICES",
+    "ModuleGradient",
     "ModulePlan",
+    "Normalizer",
+    "OneHot",
     "PlanMismatch",
     "SelectionError",
     "Sketch",
@@ -49,6 +55,8 @@ __all__ = [
     "fit_spectral",
     "gram_fidelity",
     "model_fingerprint",
+    "normalizer_kinds",
+    "optimizer_moments",
     "per_example_loss",
     "select_modules",
     "with_residual",

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradcore._errors import CaptureError
-from gradcore._factors import Factor
+from gradcore._factors import Factor, OneHot
+from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import ModulePlan
 from gradcore._plan import CapturePlan
 from gradcore.layers import Layer, layer_for
+from gradcore.normalizers import BoundNormalizer
 from gradcore.sketches import BoundSketch
 
 Closure = Callable[[str, Tensor], None]
+OnFactors = Callable[[ModuleGradient], None]
 
 
 class GradientCollector:
@@ -47,6 +50,17 @@ class GradientCollector:
     >>> with GradientCollector(model, plan, closure) as collector:
     ...     model(torch.ones(3, 4)).square().sum().backward()
 
+    With ``factors``, each comes as the :class:`ModuleGradient` it is the product of, whole or, for a two-sided sketch,
+    with both sides sketched; nothing is multiplied that is not asked for:
+
+    >>> def factors(gradient):
+    ...     norms[gradient.name] = gradient.sq_norm()
+    >>> with GradientCollector(model, plan, factors=factors) as collector:
+    ...     model(torch.ones(3, 4)).square().sum().backward()
+
+    With ``per_position`` every position of every example has a row of its own, ``examples · positions`` in order; over
+    an example they sum to its row.
+
     The loss must be a sum over examples of functions of that example alone; row ``n`` is then the gradient of its own
     term. Inside the context the parameters of the model are frozen (``requires_grad`` is put back on exit), so that no
     weight gradient is computed. Matrices are always [out, in], however the layer stores its weight.
@@ -56,19 +70,34 @@ class GradientCollector:
         plan: what to capture.
         closure: called as ``closure(name, gradient)``. A module called several times in one forward pass hands over
             the gradient of each call; their sum is the module's gradient.
+        factors: called as ``factors(module_gradient)`` instead.
+        per_position: a row a position instead of one an example.
         freeze: switch ``requires_grad`` off inside the context. ``False`` leaves training gradients intact.
 
     Raises:
         CaptureError: the model lacks a planned module or has another shape; gradients are switched off; an input was
-            changed in place; two modules see different batch sizes.
+            changed in place; two modules see different batch sizes; factors of a sketch that has none.
     """
 
     def __init__(
-        self, model: nn.Module, plan: CapturePlan, closure: Closure | None = None, *, freeze: bool = True
+        self,
+        model: nn.Module,
+        plan: CapturePlan,
+        closure: Closure | None = None,
+        *,
+        factors: OnFactors | None = None,
+        per_position: bool = False,
+        freeze: bool = True,
     ) -> None:
+        if closure is not None and factors is not None:
+            raise CaptureError("gradients go to a closure or come as factors, not both")
+        if factors is not None and not plan.sketch.bilinear:
+            raise CaptureError(f"a {plan.sketch.kind} sketch has no factors: take whole gradients or a two-sided one")
         self.model = model
         self.plan = plan
         self._closure = closure
+        self._factors = factors
+        self._per_position = per_position
         self._freeze = freeze
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
@@ -95,7 +124,8 @@ class GradientCollector:
             )
             layer = layer_for(module)
             assert layer is not None
-            hook = _forward_hook(self, planned, layer, bound)
+            normalizer = None if self.plan.normalizer is None else self.plan.normalizer.bind(planned, device)
+            hook = _forward_hook(self, planned, layer, bound, normalizer)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -149,6 +179,11 @@ class GradientCollector:
             self._closure(name, gradient)
         else:
             current.add(name, gradient)
+
+    def _receive_factors(self, current: _Pass, gradient: ModuleGradient) -> None:
+        assert self._factors is not None
+        current.touched.add(gradient.name)
+        self._factors(gradient.per_position() if self._per_position else gradient)
 
 
 class _Pass:
@@ -228,21 +263,51 @@ def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor:
 
 
 def _forward_hook(
-    collector: GradientCollector, planned: ModulePlan, layer: Layer, bound: BoundSketch
+    collector: GradientCollector,
+    planned: ModulePlan,
+    layer: Layer,
+    bound: BoundSketch,
+    normalizer: BoundNormalizer | None,
 ) -> Callable[..., Tensor]:
     name = planned.name
+    # What a normaliser multiplies entry by entry, or by the row of a table, has to be known before it is projected.
+    early = normalizer is None or (normalizer.factored and layer.forward_side == "in")
     keep, meet = bound.project_in, bound.project_out
     if layer.forward_side == "out":
         keep, meet = meet, keep
 
-    def gradient_of(kept: Factor, arrived: Tensor) -> Tensor:
+    def scaled(factor: Factor, side: str) -> Factor:
+        if normalizer is None or not early:
+            return factor
+        assert isinstance(factor, Tensor)
+        return normalizer.scale(factor, side)
+
+    def deliver(current: _Pass, kept: Factor, arrived: Tensor) -> None:
         if layer.elementwise:
             assert isinstance(kept, Tensor)
-            parts = [(kept * arrived).sum(1), arrived.sum(1)] if planned.bias else [(kept * arrived).sum(1)]
-            return bound.vector(torch.stack(parts, dim=-1))
-        if layer.forward_side == "out":
-            return bound.combine(kept, meet(arrived))
-        return bound.combine(meet(arrived), kept)
+            vectors = (kept * arrived, arrived) if planned.bias else (kept * arrived,)
+            whole = ModuleGradient(name, vectors=vectors if normalizer is None else normalizer.vectors(vectors))
+        else:
+            met = scaled(arrived, layer.backward_side)
+            met = meet(met) if early else met
+            out, into = (kept, met) if layer.forward_side == "out" else (met, kept)
+            if early and collector._factors is None and not collector._per_position:
+                return collector._receive(current, name, bound.combine(out, into))
+            assert isinstance(into, Tensor)
+            whole = ModuleGradient(name, out, into)
+        if not early and not layer.elementwise:
+            assert normalizer is not None
+            return _deliver_normalized(collector, current, whole, bound, normalizer)
+        if collector._factors is not None:
+            return collector._receive_factors(current, _sketched_vectors(whole, bound))
+        if collector._per_position:
+            whole = whole.per_position()
+        if layer.elementwise:
+            parts = [each.sum(1) for each in whole.vectors]
+            return collector._receive(current, name, bound.vector(torch.stack(parts, dim=-1)))
+        assert whole.out is not None
+        assert whole.into is not None
+        return collector._receive(current, name, bound.combine(whole.out, whole.into))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -257,7 +322,11 @@ def _forward_hook(
             output = output.expand(current.examples, *output.shape[1:])
             given = given.expand(current.examples, *given.shape[1:])
         factor = _part(layer.forward(module, given, planned.bias), planned, layer.forward_side)
-        kept = factor if layer.elementwise else keep(factor)
+        if layer.elementwise:
+            kept = factor
+        else:
+            kept = scaled(factor, layer.forward_side)
+            kept = keep(kept) if early else kept
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
         watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
         version = given._version
@@ -265,8 +334,7 @@ def _forward_hook(
         def receive(gradient: Tensor) -> None:
             if watched is not None and watched._version != version:
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
-            arrived = _part(layer.backward(module, gradient), planned, "in" if layer.forward_side == "out" else "out")
-            collector._receive(current, name, gradient_of(kept, arrived))
+            deliver(current, kept, _part(layer.backward(module, gradient), planned, layer.backward_side))
 
         if not output.requires_grad:
             # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.
@@ -275,3 +343,40 @@ def _forward_hook(
         return output
 
     return hook
+
+
+def _sketched_vectors(gradient: ModuleGradient, bound: BoundSketch) -> ModuleGradient:
+    """A vector layer's gradient comes summed and sketched, as one position; a matrix layer's factors are so already."""
+    if not gradient.vectors:
+        return gradient
+    flat = bound.vector(torch.stack([each.sum(1) for each in gradient.vectors], dim=-1)).flatten(1)
+    return ModuleGradient(gradient.name, vectors=(flat[:, None],))
+
+
+def _deliver_normalized(
+    collector: GradientCollector,
+    current: _Pass,
+    whole: ModuleGradient,
+    bound: BoundSketch,
+    normalizer: BoundNormalizer,
+) -> None:
+    """Gradients multiplied entry by entry: formed a block at a time, and sketched as what they are."""
+    if isinstance(whole.out, OneHot) and whole.into is not None:
+        # Each position touches one row of the table, so that its factor can be multiplied instead.
+        whole = ModuleGradient(whole.name, whole.out, normalizer.looked_up(whole.out, whole.into))
+    if collector._factors is not None:
+        if not isinstance(whole.out, OneHot):
+            raise CaptureError(
+                f"{whole.name}: gradients under a {normalizer.kind} normaliser have no factors, for each entry is "
+                "scaled on its own: capture them with a sketch, or take a factored normaliser (adafactor)"
+            )
+        out, into = bound.project_out(whole.out), bound.project_in(whole.into) if whole.into is not None else None
+        assert isinstance(into, Tensor)
+        return collector._receive_factors(current, ModuleGradient(whole.name, out, into))
+    if collector._per_position:
+        whole = whole.per_position()
+    if isinstance(whole.out, OneHot) and whole.into is not None:
+        found = bound.combine(bound.project_out(whole.out), bound.project_in(whole.into))
+    else:
+        found = torch.cat([bound.matrix(normalizer.multiply(block)) for _, block in whole.blocks()])
+    return collector._receive(current, whole.name, found)

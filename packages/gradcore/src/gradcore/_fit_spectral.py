@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradcore._collector import GradientCollector
 from gradcore._errors import CaptureError, GradCoreError
-from gradcore._factors import Factor
+from gradcore._module_gradient import ModuleGradient
 from gradcore._plan import CapturePlan
-from gradcore.sketches import BoundSketch, ModuleBasis, Sketch, Spectral, SpectralBasis
+from gradcore.sketches import Identity, ModuleBasis, Spectral, SpectralBasis
 
 REACH = 5.0
 """Rows and columns of the corner that is searched, in units of √floats."""
@@ -57,7 +57,7 @@ def fit_spectral(
         )
     factors = {each.name: _Factors() for each in matrices}
     part = replace(plan, modules=tuple(matrices))
-    with _accumulating(model, replace(part, sketch=_Accumulate(sums=factors))):
+    with _accumulating(model, part, factors):
         run()
     # Where modules share, one may take several times its equal part.
     most = 4 * math.ceil(total / len(matrices)) if total else floats
@@ -69,7 +69,7 @@ def fit_spectral(
         rows, columns = _sides(len(found.out), len(found.into), most)
         corners[each.name] = _Corner(leading(found.out, rows), leading(found.into, columns))
         factors[each.name] = _Factors()  # the covariances are no longer needed
-    with _accumulating(model, replace(part, sketch=_Accumulate(sums=corners))):
+    with _accumulating(model, part, corners):
         run()
     counts = _shared(corners, total) if total else dict.fromkeys(corners, floats)
     bases = {each.name: corners[each.name].keep(counts[each.name]) for each in matrices}
@@ -215,44 +215,15 @@ def _plus(total: Tensor | None, factor: Tensor) -> Tensor:
     return product if total is None else total.add_(product)
 
 
-def _accumulating(model: nn.Module, plan: CapturePlan) -> AbstractContextManager[Any]:
-    return GradientCollector(model, plan, lambda name, gradient: None)
+def _accumulating(
+    model: nn.Module, plan: CapturePlan, sums: Mapping[str, _Factors | _Corner]
+) -> AbstractContextManager[Any]:
+    def add(gradient: ModuleGradient) -> None:
+        found = sums[gradient.name]
+        if gradient.into is None:
+            found.add_vectors(gradient.vectors[0].flatten(1).float())
+        else:
+            assert isinstance(gradient.out, Tensor)
+            found.add(gradient.out.float(), gradient.into.float())
 
-
-@dataclass(frozen=True)
-class _Accumulate(Sketch):
-    """Not a sketch but a listener: each module's factors are handed to its accumulator, and nothing is kept."""
-
-    kind: ClassVar[str] = "accumulate"
-    sums: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    def shape(
-        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
-    ) -> tuple[int, ...]:
-        return (0,)
-
-    def bind(
-        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
-    ) -> BoundSketch:
-        return _Listener(self.sums[name])
-
-
-class _Listener(BoundSketch):
-    def __init__(self, sums: Any) -> None:
-        self._sums = sums
-
-    def project_out(self, factor: Factor) -> Factor:
-        return factor
-
-    def project_in(self, factor: Factor) -> Factor:
-        return factor
-
-    def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
-        assert isinstance(out_factor, Tensor)
-        assert isinstance(in_factor, Tensor)
-        self._sums.add(out_factor.float(), in_factor.float())
-        return out_factor.new_empty(len(out_factor), 0)
-
-    def vector(self, gradient: Tensor) -> Tensor:
-        self._sums.add_vectors(gradient.flatten(1).float())
-        return gradient.new_empty(len(gradient), 0)
+    return GradientCollector(model, replace(plan, sketch=Identity()), factors=add)

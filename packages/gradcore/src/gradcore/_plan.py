@@ -16,6 +16,7 @@ from gradcore._addressing import select_modules
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore.layers import layer_for
+from gradcore.normalizers import Normalizer
 from gradcore.sketches import Identity, Sketch, sketch_from_dict
 
 REDUCTIONS = ("sum", "mean")
@@ -39,6 +40,7 @@ class CapturePlan:
         loss: the measured function, ``"ce"`` (cross-entropy of the labelled tokens).
         reduction: ``"sum"`` or ``"mean"`` over an example's labelled tokens.
         model: fingerprint of the weights, ``""`` where it does not matter.
+        normalizer: what gradients are multiplied with before they are sketched, or none.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -46,6 +48,7 @@ class CapturePlan:
     loss: str = "ce"
     reduction: str = "sum"
     model: str = ""
+    normalizer: Normalizer | None = None
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -150,14 +153,15 @@ class CapturePlan:
             "loss": self.loss,
             "reduction": self.reduction,
             "model": self.model,
+            **({} if self.normalizer is None else {"normalizer": self.normalizer.to_dict()}),
         }
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> CapturePlan:
         """The plan saved by :meth:`to_dict`; unknown or missing fields are refused."""
         expected = {each.name for each in fields(cls)}
-        if set(saved) != expected:
-            odd = sorted(set(saved) ^ expected)
+        if set(saved) | {"normalizer"} != expected:
+            odd = sorted((set(saved) | {"normalizer"}) ^ expected)
             raise GradCoreError(f"not a capture plan of this version: unexpected or missing {', '.join(odd)}")
         return cls(
             modules=tuple(ModulePlan.from_dict(module) for module in saved["modules"]),
@@ -165,6 +169,7 @@ class CapturePlan:
             loss=saved["loss"],
             reduction=saved["reduction"],
             model=saved["model"],
+            normalizer=Normalizer(**saved["normalizer"]) if saved.get("normalizer") else None,
         )
 
     def restrict(self, patterns: str | Sequence[str]) -> CapturePlan:
@@ -191,6 +196,7 @@ _REMEDIES = {
     "modules": "use the model the gradients were collected from, or collect them again with the same modules",
     "model": "these are other weights of the same shape: use the very checkpoint the gradients were collected from",
     "sketch": "use the same sketch (--projection-dim, --projection-type, --projection-seed) on both sides",
+    "normalizer": "use the same normaliser (--normalizer, --processor-path) on both sides",
     "loss": "use the same --loss-fn on both sides",
     "reduction": "use the same --loss-reduction on both sides",
 }

@@ -1,15 +1,11 @@
-"""Factor pairs of every module, batch by batch: a sketch that keeps nothing and hands the factors on.
-
-A collector binds it in place of the plan's own sketch, so whatever that sketch projects is projected here too: the
-factors of a two-sided sketch are those of the sketched sides.
-"""
+"""Factor pairs of every module, batch by batch; those of a two-sided sketch are of the sketched sides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +18,7 @@ from attribute.data import TokenFile
 from attribute.engine import evaluating
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
-from gradcore import IGNORE, CapturePlan, GradientCollector, Identity, Sketch, TwoSided
-from gradcore.sketches import BoundSketch
-
-BILINEAR = (Identity, TwoSided)
+from gradcore import IGNORE, CapturePlan, GradientCollector, ModuleGradient
 
 
 @dataclass(frozen=True)
@@ -64,25 +57,6 @@ OnFactors = Callable[[Factors], None]
 OnVector = Callable[[str, Tensor], None]
 
 
-@dataclass(frozen=True, eq=False)
-class _Handing(Sketch):
-    inner: Sketch
-    on_factors: OnFactors
-    on_vector: OnVector
-    state: _State
-    kind: ClassVar[str] = "handing"
-
-    def shape(
-        self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
-    ) -> tuple[int, ...]:
-        return (1,)
-
-    def bind(
-        self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
-    ) -> BoundSketch:
-        return _Bound(self, name, self.inner.bind(name, out_features, in_features, device, elementwise))
-
-
 class _State:
     """What the batch at hand is: set before its backward pass."""
 
@@ -118,44 +92,26 @@ class _State:
         return torch.arange(given.shape[0] * given.shape[1], device=given.device)
 
 
-class _Bound(BoundSketch):
-    def __init__(self, whole: _Handing, name: str, inner: BoundSketch) -> None:
-        self._whole, self._name, self._inner = whole, name, inner
-
-    def project_out(self, factor: object) -> object:  # type: ignore[override]
-        return self._inner.project_out(factor)  # type: ignore[arg-type]
-
-    def project_in(self, factor: object) -> object:  # type: ignore[override]
-        return self._inner.project_in(factor)  # type: ignore[arg-type]
-
-    def combine(self, out_factor: object, in_factor: object) -> Tensor:  # type: ignore[override]
-        assert isinstance(in_factor, Tensor)
-        self._whole.state.once(self._name)
-        given = _exact(in_factor)
-        positions = self._whole.state.positions(self._name, given)
-        if isinstance(out_factor, Tensor):
-            found = Factors(self._name, _exact(out_factor), given, positions)
-        else:
-            found = Factors(self._name, out_factor.ids, given, positions, out_factor)  # type: ignore[attr-defined]
-        self._whole.on_factors(found)
-        return given.new_zeros(len(given), 1)
-
-    def vector(self, gradient: Tensor) -> Tensor:
-        self._whole.state.once(self._name)
-        flat = _exact(self._inner.vector(gradient))
-        self._whole.on_vector(self._name, flat)
-        return flat.new_zeros(len(flat), 1)
-
-
 @contextmanager
 def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_vector: OnVector) -> Iterator[_State]:
-    if not isinstance(plan.sketch, BILINEAR):
+    if not plan.sketch.bilinear:
         raise AttributionError(
             f"Kronecker factors need whole gradients or a two-sided sketch, not a {plan.sketch.kind} sketch"
         )
     state = _State()
-    handing = replace(plan, sketch=_Handing(plan.sketch, on_factors, on_vector, state))
-    with evaluating(model), GradientCollector(model.base, handing, lambda *_: None):
+
+    def hand(gradient: ModuleGradient) -> None:
+        state.once(gradient.name)
+        if gradient.into is None:
+            return on_vector(gradient.name, _exact(gradient.vectors[0][:, 0]))
+        given, out = _exact(gradient.into), gradient.out
+        positions = state.positions(gradient.name, given)
+        if isinstance(out, Tensor):
+            return on_factors(Factors(gradient.name, _exact(out), given, positions))
+        assert out is not None
+        return on_factors(Factors(gradient.name, out.ids, given, positions, out))
+
+    with evaluating(model), GradientCollector(model.base, plan, factors=hand):
         yield state
 
 

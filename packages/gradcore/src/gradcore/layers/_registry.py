@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from gradcore._factors import Factor
@@ -27,6 +28,11 @@ class Layer(ABC):
     elementwise: ClassVar[bool] = False
     """Whether this is a vector layer: the gradient of the weight is ``Σ_s forward_ns ⊙ backward_ns``."""
 
+    @property
+    def backward_side(self) -> Side:
+        """Which factor the backward pass brings."""
+        return "in" if self.forward_side == "out" else "out"
+
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether a module is of this type."""
@@ -45,6 +51,11 @@ class Layer(ABC):
     @abstractmethod
     def backward(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """The factor that the gradient of the output gives: ``[n, s, width of the other side]``."""
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Something stored like the parameters, an optimiser's moments say, as the gradient lies: ``[out, in]``."""
+        flat = weight.flatten(1) if weight.dim() > 1 else weight[:, None]
+        return flat if bias is None else torch.cat((flat, bias[:, None]), dim=1)
 
     def covered(self, module: nn.Module, bias: bool) -> tuple[str, ...]:
         """Names of the parameters whose gradient is captured."""

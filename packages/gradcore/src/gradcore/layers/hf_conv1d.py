@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradcore.layers._registry import has_bias, register_layer
 from gradcore.layers.linear import Linear
@@ -30,3 +30,7 @@ class HFConv1D(Linear):
         """``(out, in)``, the transpose of the weight's."""
         weight = module.get_parameter("weight")
         return weight.shape[1], weight.shape[0] + (bias and has_bias(module))
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The transpose."""
+        return super().matrix(weight.T, bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcore._errors import GradCoreError
-from gradcore._factors import Factor
+from gradcore._factors import Factor, OneHot
 
 
 class BoundSketch(ABC):
@@ -37,6 +37,13 @@ class BoundSketch(ABC):
     def vector(self, gradient: Tensor) -> Tensor:
         """The sketch of a vector layer's gradient ``[n, out, in]``, given whole."""
 
+    def matrix(self, gradient: Tensor) -> Tensor:
+        """The sketch of a matrix layer's gradient ``[n, out, in]``, given whole: ``G = Σ_o e_o G_oᵀ``, so that its rows
+        are factors as good as any."""
+        n, out, _ = gradient.shape
+        rows = torch.arange(out, device=gradient.device).expand(n, out)
+        return self.combine(self.project_out(OneHot(rows, out)), self.project_in(gradient))
+
 
 @dataclass(frozen=True)
 class Sketch(ABC):
@@ -45,6 +52,8 @@ class Sketch(ABC):
     kind: ClassVar[str]
     summed: ClassVar[bool] = False
     """Whether all modules share the columns, so that a row is the sum of their sketches."""
+    bilinear: ClassVar[bool] = False
+    """Whether a sketched gradient is the product of its projected factors."""
 
     @abstractmethod
     def shape(

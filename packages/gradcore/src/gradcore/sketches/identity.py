@@ -22,6 +22,7 @@ class Identity(Sketch):
     """
 
     kind: ClassVar[str] = "identity"
+    bilinear: ClassVar[bool] = True
 
     def shape(
         self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
@@ -52,6 +53,9 @@ class _BoundIdentity(BoundSketch):
     def vector(self, gradient: Tensor) -> Tensor:
         return gradient
 
+    def matrix(self, gradient: Tensor) -> Tensor:
+        return gradient
+
 
 class BoundWhole(_BoundIdentity):
     """All of a gradient that is no larger than a sketch of it, flat."""
@@ -63,3 +67,7 @@ class BoundWhole(_BoundIdentity):
     def vector(self, gradient: Tensor) -> Tensor:
         """``[n, out · in]``."""
         return gradient.flatten(1).float()
+
+    def matrix(self, gradient: Tensor) -> Tensor:
+        """``[n, out · in]``."""
+        return self.vector(gradient)

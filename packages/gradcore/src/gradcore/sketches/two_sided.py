@@ -40,6 +40,7 @@ class TwoSided(Sketch):
     entries: str = "rademacher"
     seed: int = 0
     kind: ClassVar[str] = "two_sided"
+    bilinear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.side < 1:

@@ -1,0 +1,197 @@
+"""One module's gradients of a batch as the factors they are products of, multiplied only where that is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradcore._errors import GradCoreError
+from gradcore._factors import Factor, OneHot
+
+FORMED_FLOATS = 1 << 24
+"""Floats of gradients or of ghost products that exist at once."""
+
+
+@dataclass(frozen=True)
+class ModuleGradient:
+    """Gradients ``G_n = Σ_s out_ns in_nsᵀ`` of one module for the examples of a batch, not multiplied out.
+
+    Every product is exact: factors in half precision are multiplied in float32. Each method takes the cheaper of two
+    routes. *Ghost*: inner products of factors, ``⟨Σ_s g_s x_sᵀ, Σ_t h_t y_tᵀ⟩ = Σ_st (g_s·h_t)(x_s·y_t)``, at
+    s·t·(out + in) multiplications a pair (Goodfellow 2015; Li et al. 2022, section 4). *Formed*: the matrices
+    themselves, at s·out·in an example and out·in a pair, in blocks of bounded memory.
+
+    >>> import torch
+    >>> gradient = ModuleGradient("layer", torch.ones(2, 3, 8), torch.ones(2, 3, 4))
+    >>> gradient.dense().shape, gradient.sq_norm()
+    (torch.Size([2, 8, 4]), tensor([288., 288.]))
+
+    Attributes:
+        name: the module.
+        out: ``[n, s, out]``; one-hot for a table that is looked up; ``None`` for a vector layer.
+        into: ``[n, s, in]``; ``None`` for a vector layer.
+        vectors: of a vector layer, ``[n, s, out]`` for its weight and, where captured, its bias.
+    """
+
+    name: str
+    out: Factor | None = None
+    into: Tensor | None = None
+    vectors: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.out is None or self.into is None) == (not self.vectors):
+            raise GradCoreError(f"{self.name}: a gradient is either a pair of factors or vectors")
+
+    def __len__(self) -> int:
+        """Examples."""
+        return len(self.vectors[0]) if self.into is None else len(self.into)
+
+    @property
+    def positions(self) -> int:
+        """Positions an example, padding included."""
+        return (self.vectors[0] if self.into is None else self.into).shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of one example's gradient."""
+        if self.out is None or self.into is None:
+            return self.vectors[0].shape[2], len(self.vectors)
+        width = self.out.width if isinstance(self.out, OneHot) else self.out.shape[2]
+        return width, self.into.shape[2]
+
+    def __getitem__(self, examples: slice) -> ModuleGradient:
+        """Those of some examples."""
+        out = replace(self.out, ids=self.out.ids[examples]) if isinstance(self.out, OneHot) else self.out
+        return replace(
+            self,
+            out=out[examples] if isinstance(out, Tensor) else out,
+            into=None if self.into is None else self.into[examples],
+            vectors=tuple(each[examples] for each in self.vectors),
+        )
+
+    def per_position(self) -> ModuleGradient:
+        """Every position as an example of its own, ``n·s`` in order; those of an example sum to its gradient."""
+
+        def alone(factor: Tensor) -> Tensor:
+            return factor.flatten(0, 1)[:, None]
+
+        out = self.out
+        return replace(
+            self,
+            out=replace(out, ids=out.ids.reshape(-1, 1))
+            if isinstance(out, OneHot)
+            else out
+            if out is None
+            else alone(out),
+            into=None if self.into is None else alone(self.into),
+            vectors=tuple(map(alone, self.vectors)),
+        )
+
+    def dense(self) -> Tensor:
+        """The gradients ``[n, out, in]``, at least float32."""
+        if self.out is None or self.into is None:
+            return torch.stack([_exact(each).sum(1) for each in self.vectors], dim=-1)
+        if isinstance(self.out, OneHot):
+            return self.out.transposed_product(_exact(self.into))
+        return _exact(self.out).mT @ _exact(self.into)
+
+    def blocks(self, floats: int = FORMED_FLOATS) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`dense` in blocks of examples of at most ``floats`` floats (one example at least)."""
+        step = max(1, floats // (self.shape[0] * self.shape[1]))
+        for start in range(0, len(self), step):
+            examples = slice(start, min(start + step, len(self)))
+            yield examples, self[examples].dense()
+
+    def sq_norm(self) -> Tensor:
+        """Squared Frobenius norms ``[n]``."""
+        if self._ghost_is_cheaper(self.positions, pairs=1, formed=1):
+            return torch.cat([_ghost(part, part, aligned=True) for part in self._split(self.positions**2)])
+        return torch.cat([block.square().sum((1, 2)) for _, block in self.blocks()])
+
+    def dot(self, other: ModuleGradient | Tensor) -> Tensor:
+        """Inner products ``[n, m]`` with other gradients of this module, or with matrices ``[m, out, in]``.
+
+        Raises:
+            GradCoreError: they are of another shape.
+        """
+        if tuple(other.shape[-2:]) != self.shape:
+            raise GradCoreError(
+                f"{self.name}: gradients of {list(self.shape)} have no inner product with {list(other.shape[-2:])}"
+            )
+        if isinstance(other, Tensor):
+            return self._dot_matrices(_exact(other))
+        if self._ghost_is_cheaper(other.positions, pairs=len(other), formed=1 + len(other) / max(len(self), 1)):
+            cost = len(other) * self.positions * other.positions
+            return torch.cat([_ghost(part, other, aligned=False) for part in self._split(cost)])
+        return torch.cat(
+            [
+                torch.cat([mine.flatten(1) @ theirs.flatten(1).T for _, theirs in other.blocks()], dim=1)
+                for _, mine in self.blocks()
+            ]
+        )
+
+    def sum_over_examples(self) -> Tensor:
+        """``Σ_n G_n [out, in]`` in one product, no example's own being formed."""
+        if self.out is None or self.into is None:
+            return torch.stack([_exact(each).sum((0, 1)) for each in self.vectors], dim=-1)
+        flat = _exact(self.into).flatten(0, 1)
+        if isinstance(self.out, OneHot):
+            return replace(self.out, ids=self.out.ids.reshape(1, -1)).transposed_product(flat[None])[0]
+        return _exact(self.out).flatten(0, 1).T @ flat
+
+    def scaled(self, weights: Tensor) -> ModuleGradient:
+        """Every example's gradient times its weight ``[n]``."""
+        if self.into is None:
+            return replace(self, vectors=tuple(_exact(each) * weights[:, None, None] for each in self.vectors))
+        return replace(self, into=_exact(self.into) * weights[:, None, None])
+
+    def _ghost_is_cheaper(self, positions: int, *, pairs: int, formed: float) -> bool:
+        """The cost rule, in multiplications an example of this batch.
+
+        Ghost: ``pairs · s · t · (out + in)``. Formed: ``formed`` matrices of ``s · out · in``, and ``pairs`` products
+        of ``out · in``. A looked-up table is never formed where it is larger than its positions.
+        """
+        if self.into is None:
+            return False
+        out, into = self.shape
+        ghost = pairs * self.positions * positions * (into + (1 if isinstance(self.out, OneHot) else out))
+        summed = self.positions * into if isinstance(self.out, OneHot) else self.positions * out * into
+        return ghost < formed * summed + pairs * out * into
+
+    def _dot_matrices(self, matrices: Tensor) -> Tensor:
+        if isinstance(self.out, OneHot) and self.into is not None:
+            table, into = self.out, _exact(self.into)
+            found = [(table.rows_of(matrix) * into).sum((1, 2)) for matrix in matrices]
+            return torch.stack(found, dim=1) if found else into.new_zeros(len(self), 0)
+        if len(matrices) == 1 and isinstance(self.out, Tensor) and self.into is not None:
+            return torch.einsum("nsi,nsi->n", _exact(self.out) @ matrices[0], _exact(self.into))[:, None]
+        flat = matrices.flatten(1).T
+        return torch.cat([block.flatten(1) @ flat for _, block in self.blocks()])
+
+    def _split(self, cost: int) -> Iterator[ModuleGradient]:
+        """Blocks of examples of which each costs so many floats."""
+        step = max(1, FORMED_FLOATS // max(cost, 1))
+        for start in range(0, len(self), step):
+            yield self[start : start + step]
+
+
+def _ghost(mine: ModuleGradient, theirs: ModuleGradient, *, aligned: bool) -> Tensor:
+    """Ghost products of examples ``[n]`` with themselves, or ``[n, m]`` of all pairs."""
+    assert mine.into is not None
+    assert theirs.into is not None
+    equation = "nsd,ntd->nst" if aligned else "nsd,mtd->nmst"
+    grams = torch.einsum(equation, _exact(mine.into), _exact(theirs.into))
+    if isinstance(mine.out, OneHot) and isinstance(theirs.out, OneHot):
+        ids, others = mine.out.ids, theirs.out.ids
+        left, right = (ids[..., None], others[:, None]) if aligned else (ids[:, None, :, None], others[None, :, None])
+        return (grams * ((left == right) & (left >= 0))).sum((-2, -1))
+    assert isinstance(mine.out, Tensor)
+    assert isinstance(theirs.out, Tensor)
+    return (grams * torch.einsum(equation, _exact(mine.out), _exact(theirs.out))).sum((-2, -1))
+
+
+def _exact(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
