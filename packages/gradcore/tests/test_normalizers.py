@@ -10,7 +10,6 @@ from torch import nn
 
 from gradcore import (
     AttentionConfig,
-    CaptureError,
     CapturePlan,
     GradCoreError,
     GradientCollector,
@@ -20,6 +19,7 @@ from gradcore import (
     SparseJL,
     TensorSketch,
     TwoSided,
+    fit_spectral,
     normalizer_kinds,
     optimizer_moments,
 )
@@ -204,17 +204,35 @@ def test_what_cannot_be_scaled_is_refused(model):
     missing = Normalizer.of_moments("adam", {"embed": torch.ones(23, 8)})
     with pytest.raises(GradCoreError, match=r"no scales for blocks\.0\.norm"):
         rows(model, CapturePlan(plan.modules, normalizer=missing))
-    whole = CapturePlan(plan.modules, Identity(), normalizer=Normalizer.of_moments("adam", moments_of(plan)))
-    with pytest.raises(CaptureError, match="no factors"):
-        rows(model, whole, factors=lambda _: None)
 
 
-def test_factors_come_scaled_where_the_scale_has_two_sides(model):
-    plan = CapturePlan.for_model(model, "blocks.*.down")
-    plan = CapturePlan(plan.modules, TwoSided(3), normalizer=Normalizer.of_moments("adafactor", moments_of(plan)))
-    found = {}
-    with GradientCollector(model, plan, factors=lambda each: found.update({each.name: each.dense()})):
+@pytest.mark.parametrize("sketch", [Identity(), TwoSided(3)])
+@pytest.mark.parametrize("kind", normalizer_kinds())
+def test_factors_come_scaled(model, kind, sketch, monkeypatch):
+    """Entry by entry they come formed, in blocks of examples that say where they begin."""
+    plan = CapturePlan.for_model(model, include_bias=True)
+    plan = CapturePlan(plan.modules, sketch, normalizer=Normalizer.of_moments(kind, moments_of(plan)))
+    monkeypatch.setattr(module_gradient, "FORMED_FLOATS", 2 * 8 * 17)
+    stored, found = rows(model, plan), torch.zeros(3, plan.width)
+
+    def add(gradient):
+        examples = slice(gradient.first, gradient.first + len(gradient))
+        found[examples, plan.slices[gradient.name]] += gradient.dense().flatten(1)
+
+    with GradientCollector(model, plan, factors=add):
         model.head(model.hidden(IDS)).square().sum().backward()
-    stored = rows(model, plan)
-    for name, columns in plan.slices.items():
-        assert relative(found[name].flatten(1), stored[:, columns]) < 1e-5
+    assert relative(found, stored) < 1e-4
+
+
+def test_a_spectral_basis_is_fitted_to_scaled_gradients(model):
+    """With as many floats as entries the basis keeps everything: inner products are those of the scaled gradients."""
+    plan = CapturePlan.for_model(model, "blocks.*", include_bias=True)
+
+    def run():
+        model.head(model.hidden(IDS)).square().sum().backward()
+
+    for kind in ("adam", "adafactor"):
+        whole = CapturePlan(plan.modules, normalizer=Normalizer.of_moments(kind, moments_of(plan)))
+        fitted = fit_spectral(model, whole, run, floats=8 * 17)
+        exact, kept = rows(model, whole), rows(model, fitted)
+        assert relative(kept @ kept.T, exact @ exact.T) < 1e-3

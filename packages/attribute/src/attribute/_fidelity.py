@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from attribute.batching import assemble
 from attribute.data import TokenFile
@@ -20,7 +18,6 @@ from gradcore import (
     GradientCollector,
     Identity,
     ModuleGradient,
-    OneHot,
     gram_fidelity,
 )
 
@@ -44,18 +41,19 @@ class Yardstick:
         self._batch = replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
         self._exact = torch.zeros(len(rows), len(rows), dtype=torch.double, device=model.device)
 
-        calls: dict[str, list[ModuleGradient]] = {}
+        parts: dict[str, list[ModuleGradient]] = {}
 
         def add(gradient: ModuleGradient) -> None:
-            products = gradient.dot(gradient).double()
-            for earlier in calls.setdefault(gradient.name, []):  # a module that runs again: (G + H)(G + H)ᵀ
-                crossed = gradient.dot(earlier).double()
-                products += crossed + crossed.T
-            calls[gradient.name].append(gradient)
-            self._exact.add_(products)
+            mine = slice(gradient.first, gradient.first + len(gradient))
+            self._exact[mine, mine] += gradient.dot(gradient)
+            # Earlier parts are other examples' or, of a module that runs again, the same ones' first calls.
+            for earlier in parts.setdefault(gradient.name, []):
+                theirs, products = slice(earlier.first, earlier.first + len(earlier)), gradient.dot(earlier)
+                self._exact[mine, theirs] += products
+                self._exact[theirs, mine] += products.T
+            parts[gradient.name].append(gradient)
 
-        exact = replace(plan, sketch=Identity())
-        with _whole_gradients(model, exact, add):
+        with GradientCollector(model.base, replace(plan, sketch=Identity()), factors=add):
             self._run(plan)
 
     def judge(self, plan: CapturePlan) -> Fidelity | None:
@@ -78,18 +76,3 @@ class Yardstick:
         assert self._batch is not None
         with torch.enable_grad(), evaluating(self._model):
             finite_losses(self._model, self._batch, plan.reduction).sum().backward()
-
-
-def _whole_gradients(
-    model: LanguageModel, plan: CapturePlan, add: Callable[[ModuleGradient], None]
-) -> GradientCollector:
-    """Factors where gradients have some; under a normaliser that scales each entry they come formed."""
-    if plan.normalizer is None or plan.normalizer.factored:
-        return GradientCollector(model.base, plan, factors=add)
-
-    def formed(name: str, gradient: Tensor) -> None:
-        # A formed gradient is its rows' products with unit vectors: no less exact, and of the same interface.
-        n, out, _ = gradient.shape
-        add(ModuleGradient(name, OneHot(torch.arange(out, device=gradient.device).expand(n, out), out), gradient))
-
-    return GradientCollector(model.base, plan, formed)

@@ -4,7 +4,6 @@ from gradcore._addressing import select_modules
 from gradcore._collector import GradientCollector
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
-from gradcore._factors import OneHot
 from gradcore._fidelity import Fidelity, fidelity, gram_fidelity
 from gradcore._fingerprint import model_fingerprint
 from gradcore._fit_spectral import fit_spectral, with_residual
@@ -41,7 +40,6 @@ __all__ = [
     "ModuleGradient",
     "ModulePlan",
     "Normalizer",
-    "OneHot",
     "PlanMismatch",
     "SelectionError",
     "Sketch",

@@ -183,7 +183,7 @@ class GradientCollector:
     def _receive_factors(self, current: _Pass, gradient: ModuleGradient) -> None:
         assert self._factors is not None
         current.touched.add(gradient.name)
-        self._factors(gradient.per_position() if self._per_position else gradient)
+        self._factors(gradient)
 
 
 class _Pass:
@@ -298,10 +298,10 @@ def _forward_hook(
         if not early and not layer.elementwise:
             assert normalizer is not None
             return _deliver_normalized(collector, current, whole, bound, normalizer)
-        if collector._factors is not None:
-            return collector._receive_factors(current, _sketched_vectors(whole, bound))
         if collector._per_position:
             whole = whole.per_position()
+        if collector._factors is not None:
+            return collector._receive_factors(current, _sketched_vectors(whole, bound))
         if layer.elementwise:
             parts = [each.sum(1) for each in whole.vectors]
             return collector._receive(current, name, bound.vector(torch.stack(parts, dim=-1)))
@@ -364,19 +364,24 @@ def _deliver_normalized(
     if isinstance(whole.out, OneHot) and whole.into is not None:
         # Each position touches one row of the table, so that its factor can be multiplied instead.
         whole = ModuleGradient(whole.name, whole.out, normalizer.looked_up(whole.out, whole.into))
-    if collector._factors is not None:
-        if not isinstance(whole.out, OneHot):
-            raise CaptureError(
-                f"{whole.name}: gradients under a {normalizer.kind} normaliser have no factors, for each entry is "
-                "scaled on its own: capture them with a sketch, or take a factored normaliser (adafactor)"
-            )
-        out, into = bound.project_out(whole.out), bound.project_in(whole.into) if whole.into is not None else None
-        assert isinstance(into, Tensor)
-        return collector._receive_factors(current, ModuleGradient(whole.name, out, into))
     if collector._per_position:
         whole = whole.per_position()
+    if collector._factors is not None and not isinstance(whole.out, OneHot):
+        for examples, block in whole.blocks():
+            # Scaled entry by entry it has no other factors than its rows.
+            rows = ModuleGradient.formed(whole.name, normalizer.multiply(block))
+            assert rows.out is not None
+            assert rows.into is not None
+            out, into = bound.project_out(rows.out), bound.project_in(rows.into)
+            assert isinstance(into, Tensor)
+            collector._receive_factors(current, ModuleGradient(whole.name, out, into, first=examples.start))
+        return None
     if isinstance(whole.out, OneHot) and whole.into is not None:
-        found = bound.combine(bound.project_out(whole.out), bound.project_in(whole.into))
+        out, into = bound.project_out(whole.out), bound.project_in(whole.into)
+        assert isinstance(into, Tensor)
+        if collector._factors is not None:
+            return collector._receive_factors(current, ModuleGradient(whole.name, out, into))
+        found = bound.combine(out, into)
     else:
         found = torch.cat([bound.matrix(normalizer.multiply(block)) for _, block in whole.blocks()])
     return collector._receive(current, whole.name, found)

@@ -156,6 +156,11 @@ class _Factors:
         self.out = _plus(self.out, out_factor)
         self.into = _plus(self.into, in_factor)
 
+    def add_formed(self, gradient: Tensor) -> None:
+        """Gradients ``[n, out, in]`` whose factors are gone: Σ G Gᵀ and Σ Gᵀ G stand in for those of the factors."""
+        self.out = _plus(self.out, gradient.mT)
+        self.into = _plus(self.into, gradient)
+
     def add_vectors(self, gradient: Tensor) -> None:
         """A vector layer's gradient ``[n, d]`` is its own only factor."""
         self.out = _plus(self.out, gradient[:, None])
@@ -178,6 +183,10 @@ class _Corner:
         left, right = out_factor @ self.out_basis, in_factor @ self.in_basis
         self.moments += (left.mT @ right).square_().sum(0)
         self.examples += len(out_factor)
+
+    def add_formed(self, gradient: Tensor) -> None:
+        self.moments += (self.out_basis.T @ gradient @ self.in_basis).square_().sum(0)
+        self.examples += len(gradient)
 
     def add_vectors(self, gradient: Tensor) -> None:
         self.moments += (gradient @ self.out_basis).square_().sum(0)[:, None]
@@ -222,8 +231,9 @@ def _accumulating(
         found = sums[gradient.name]
         if gradient.into is None:
             found.add_vectors(gradient.vectors[0].flatten(1).float())
-        else:
-            assert isinstance(gradient.out, Tensor)
+        elif isinstance(gradient.out, Tensor):
             found.add(gradient.out.float(), gradient.into.float())
+        else:  # formed, for a normaliser that scales every entry
+            found.add_formed(gradient.dense())
 
     return GradientCollector(model, replace(plan, sketch=Identity()), factors=add)

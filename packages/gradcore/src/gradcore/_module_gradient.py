@@ -34,12 +34,14 @@ class ModuleGradient:
         out: ``[n, s, out]``; one-hot for a table that is looked up; ``None`` for a vector layer.
         into: ``[n, s, in]``; ``None`` for a vector layer.
         vectors: of a vector layer, ``[n, s, out]`` for its weight and, where captured, its bias.
+        first: place of the first example in its batch, where a collector hands a batch over in blocks.
     """
 
     name: str
     out: Factor | None = None
     into: Tensor | None = None
     vectors: tuple[Tensor, ...] = ()
+    first: int = 0
 
     def __post_init__(self) -> None:
         if (self.out is None or self.into is None) == (not self.vectors):
@@ -89,6 +91,12 @@ class ModuleGradient:
             into=None if self.into is None else alone(self.into),
             vectors=tuple(map(alone, self.vectors)),
         )
+
+    @classmethod
+    def formed(cls, name: str, gradient: Tensor, first: int = 0) -> ModuleGradient:
+        """A gradient that exists, ``[n, out, in]``: its rows are factors, their partners unit vectors."""
+        n, out, _ = gradient.shape
+        return cls(name, OneHot(torch.arange(out, device=gradient.device).expand(n, out), out), gradient, first=first)
 
     def dense(self) -> Tensor:
         """The gradients ``[n, out, in]``, at least float32."""
