@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from attribute._errors import AttributionError
-from gradcore import Dense, GlobalSketch, Identity, Sketch, SparseJL, Spectral, TensorSketch, TwoSided
+from gradcore import (
+    Dense,
+    GlobalSketch,
+    Identity,
+    Sketch,
+    SparseJL,
+    Spectral,
+    TensorSketch,
+    TwoSided,
+    normalizer_kinds,
+)
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
@@ -73,6 +83,12 @@ class IndexConfig:
         projection_dim: side of the two-sided sketch, 16 if that kind is asked for; 0 keeps whole gradients.
         projection_type: entries of the sketch, ``rademacher`` or ``normal``.
         projection_seed: another seed is another sketch.
+        normalizer: ``adam``, ``adafactor`` or ``shampoo``: gradients are multiplied, before they are sketched, with
+            what that optimiser would multiply them with; none by default.
+        processor_path: a folder of ``trace preconditioners --normalizer``, whose normaliser is taken.
+        optimizer_state_path: an ``optimizer.pt`` or checkpoint folder whose second moments are taken; without it and
+            without ``processor_path`` they are fitted to the rows.
+        stats_sample_size: rows that moments are fitted to, at most; 0 takes all.
         loss_reduction: ``sum`` or ``mean`` over the labelled tokens of a row.
         token_batch_size: padded tokens a batch; longer rows run alone.
         store_dtype: encoding of the stored rows: floats, or 8, 4, 2 or 1 bits with a scale a row and module; int4
@@ -93,6 +109,10 @@ class IndexConfig:
     projection_dim: int | None = None
     projection_type: str = "rademacher"
     projection_seed: int = 0
+    normalizer: str = ""
+    processor_path: str = ""
+    optimizer_state_path: str = ""
+    stats_sample_size: int = 10_000
     loss_reduction: str = "sum"
     token_batch_size: int = 4096
     store_dtype: str = "fp32"
@@ -112,6 +132,12 @@ class IndexConfig:
             raise AttributionError(
                 f"--projection-dim is the side of the two-sided sketch; --sketch {self.sketch_kind} has --sketch-floats"
             )
+        if self.normalizer:
+            _require("normalizer", self.normalizer, normalizer_kinds())
+        if self.optimizer_state_path and not self.normalizer:
+            raise AttributionError("--optimizer-state-path needs --normalizer adam, adafactor or shampoo")
+        if self.optimizer_state_path and self.processor_path:
+            raise AttributionError("--processor-path has a normaliser already: leave --optimizer-state-path away")
         if self.rows_per_shard < 0:
             raise AttributionError(f"--rows-per-shard must be 0 (by size) or positive, not {self.rows_per_shard}")
         if self.token_batch_size < 1:

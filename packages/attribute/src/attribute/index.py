@@ -17,6 +17,7 @@ from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.engine import RowBlock, run_pass
 from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.normalizing import normalizer_for, save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import (
     RECORDS,
@@ -121,14 +122,30 @@ def collect_gradients(
         tokens = tokenise(scratch, source, tokenizer, config, language_model, progress)
         if overwrite:
             remove_run(path)
+        plan = normalized(path, language_model, tokens, plan, config, progress)
         plan, kept = _settled(path, language_model, tokens, plan, config, progress)
         with _writer(path, tokens, plan, config, language_model.head_fingerprint(), kept) as writer:
+            save_normalizer(path, plan.normalizer)
             save_basis(path, plan)
             if on_begun is not None:
                 on_begun()
             writer.write_data(records_of(scratch))
             _collect(writer, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
+
+
+def normalized(
+    path: Path,
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    config: IndexConfig,
+    progress: Progress,
+) -> CapturePlan:
+    """The plan with the normaliser of the run that is continued, or of a new one."""
+    if is_begun(path):
+        return replace(plan, normalizer=plan_of(GradientStore.open(path, partial=True)).normalizer)
+    return replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
 
 
 def _settled(

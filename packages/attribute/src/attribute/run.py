@@ -18,10 +18,21 @@ RECORDS = "records.jsonl"
 # A writer that dies before its manifest is there leaves these.
 _UNBORN = {"writer.lock", "journal.jsonl", "shards", "data"}
 # All that trace puts into a run folder; anything else is somebody's, and never deleted.
-_OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT, "basis.safetensors"}
+_OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT, "basis.safetensors", "normalizer.safetensors"}
 _TOKENS = {RECORDS, "ids.bin", "labelled.bin", "offsets.bin", "tokens.json", "lock"}
 # Where things come from, not what they are: a folder may move while a run rests. What they hold is compared by hash.
-_PROVENANCE = {"model", "tokenizer", "revision", "device", "dataset", "subset", "split", "data_args"}
+_PROVENANCE = {
+    "processor_path",
+    "optimizer_state_path",
+    "model",
+    "tokenizer",
+    "revision",
+    "device",
+    "dataset",
+    "subset",
+    "split",
+    "data_args",
+}
 
 
 def refuse_finished(path: str | Path, overwrite: bool) -> None:

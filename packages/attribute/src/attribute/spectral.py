@@ -13,6 +13,7 @@ from attribute.batching import assemble, plan_batches
 from attribute.data import TokenFile
 from attribute.engine import capturing_nothing, evaluating
 from attribute.model import LanguageModel
+from attribute.normalizing import with_normalizer
 from attribute.progress import Progress, Quiet
 from gradcore import CapturePlan, GradCoreError, Spectral, SpectralBasis, fit_spectral
 from gradstore import GradientStore
@@ -77,7 +78,8 @@ def plan_of(store: GradientStore) -> CapturePlan:
     """The capture plan a store was made with, able to capture."""
     if not isinstance(store.plan, dict) or "capture" not in store.plan:
         raise RunError(f"{store.path} holds a gradient store that no build made: it has no capture plan")
-    return with_basis(CapturePlan.from_dict(store.plan["capture"]), Path(store.path))
+    plan = with_normalizer(CapturePlan.from_dict(store.plan["capture"]), Path(store.path))
+    return with_basis(plan, Path(store.path))
 
 
 def save_basis(path: Path, plan: CapturePlan) -> None:

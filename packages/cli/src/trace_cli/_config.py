@@ -14,6 +14,7 @@ from trace_cli._progress import Bars
 def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
     """Fill the configuration; neither model nor dataset means the demo's."""
     values = {**options, "sketch_kind": options.get("sketch_kind") or ""}
+    normalizer_fields(values)
     if not values["model"] and not values["dataset"]:
         from attribute.demo.run import demo_config
 
@@ -25,3 +26,10 @@ def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
             raise click.UsageError(f"--{name} is missing (without --model and --dataset the demo's are used)")
     data = DataConfig(**{each.name: values.pop(each.name) for each in fields(DataConfig)})
     return replace(IndexConfig(**values), data=data)
+
+
+def normalizer_fields(values: dict[str, Any]) -> None:
+    """What was not asked for is ``""`` in a configuration."""
+    for name in ("processor_path", "optimizer_state_path", "normalizer"):
+        if name in values:
+            values[name] = "" if values[name] in (None, "none") else values[name]

@@ -125,3 +125,32 @@ sketch_options = _stack(
         "--sketch-floats", default=256, show_default=True, help="Floats a module (of all together, for global)."
     ),
 )
+
+normalizer_options = _stack(
+    click.option(
+        "--normalizer",
+        type=click.Choice(["none", "adafactor", "adam", "shampoo"]),
+        default="none",
+        show_default=True,
+        help="Scale gradients as this optimiser would; its moments are fitted to the rows, or taken from elsewhere.",
+    ),
+    click.option(
+        "--processor-path",
+        type=click.Path(exists=True, file_okay=False),
+        default=None,
+        help="Take the normaliser that trace preconditioners left in this folder.",
+    ),
+    click.option(
+        "--optimizer-state-path",
+        type=click.Path(exists=True),
+        default=None,
+        help="Take the second moments of an optimizer.pt, or of the checkpoint folder it is in.",
+    ),
+)
+
+stats_option = click.option(
+    "--stats-sample-size",
+    default=10_000,
+    show_default=True,
+    help="Rows that a normaliser or curvature is fitted to, at most; 0 takes all.",
+)

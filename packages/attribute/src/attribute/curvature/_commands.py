@@ -22,6 +22,7 @@ from attribute.data import TokenFile, open_source
 from attribute.engine import run_pass
 from attribute.index import announce, collect_gradients, tokenise
 from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.normalizing import normalizer_for, save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import scratch_beside
 from gradcore import Identity, Spectral
@@ -63,6 +64,7 @@ def fit_preconditioners(
     with _opened(path, config, progress) as (model, tokens):
         plan = model.plan(config)
         announce(model, plan, progress)
+        plan = replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
         sums = GramSums(plan, joint=joint)
         windows = _windows(len(tokens), sample)
         total = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in windows)
@@ -70,6 +72,7 @@ def fit_preconditioners(
         run_pass(model, tokens, plan, windows, [sums], budget=config.token_batch_size, progress=progress)
         progress.stop()
         gram = sums.finish()
+        save_normalizer(Path(path), plan.normalizer)
         gram.save(path, config=config.to_dict(), tokens=tokens.digest, head=model.head_fingerprint())
     return gram
 
@@ -195,7 +198,10 @@ def trackstar(
         )
     if (path / "scores" / "manifest.json").exists() and not overwrite:
         raise RunError(f"{path} holds a finished run already: --overwrite replaces it")
-    sides = {"index": config, "queries": replace(config, data=query, store_dtype="fp32")}
+    # Both sides are scaled alike: the queries by what was taken for the training rows.
+    shared = str(path / "index") if config.normalizer or config.processor_path else ""
+    of_queries = replace(config, data=query, store_dtype="fp32", processor_path=shared, optimizer_state_path="")
+    sides = {"index": config, "queries": of_queries}
     stores = _both_sides(path, sides, overwrite, progress)
     train = gram_of_store(stores["index"], sample=sample)
     gram, weight = train, 0.0

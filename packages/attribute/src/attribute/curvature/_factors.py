@@ -94,6 +94,11 @@ class _State:
 
 @contextmanager
 def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_vector: OnVector) -> Iterator[_State]:
+    if plan.normalizer is not None and not plan.normalizer.factored:
+        raise AttributionError(
+            f"gradients under the normaliser {plan.normalizer.kind}, which scales every entry, have no Kronecker "
+            "factors: take adafactor, or none"
+        )
     if not plan.sketch.bilinear:
         raise AttributionError(
             f"Kronecker factors need whole gradients or a two-sided sketch, not a {plan.sketch.kind} sketch"

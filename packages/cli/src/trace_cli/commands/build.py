@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from trace_cli._options import capture_options, data_options, model_options, sketch_options
+from trace_cli._options import (
+    capture_options,
+    data_options,
+    model_options,
+    normalizer_options,
+    sketch_options,
+    stats_option,
+)
 
 
 @click.command("build")
@@ -15,6 +22,8 @@ from trace_cli._options import capture_options, data_options, model_options, ske
 @model_options
 @data_options
 @capture_options
+@normalizer_options
+@stats_option
 @sketch_options
 @click.option(
     "--store-dtype",

@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-from trace_cli._options import capture_options, data_options, model_options
+from trace_cli._options import (
+    capture_options,
+    data_options,
+    model_options,
+    normalizer_options,
+    stats_option,
+)
 
 
 @click.command("preconditioners")
@@ -14,20 +20,20 @@ from trace_cli._options import capture_options, data_options, model_options
 @model_options
 @data_options
 @capture_options
+@normalizer_options
+@stats_option
 @click.option(
     "--index",
     type=click.Path(exists=True, file_okay=False),
     help="Take the rows of this index of trace build; no model runs.",
 )
 @click.option("--joint", is_flag=True, help="One matrix over all modules together instead of one a module.")
-@click.option("--stats-sample-size", default=10_000, show_default=True, help="About so many rows at most; 0 takes all.")
 @click.option("--overwrite", is_flag=True, help="Replace a curvature that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the spectra as JSON.")
 def command(
     run_path: str,
     index: str | None,
     joint: bool,
-    stats_sample_size: int,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -37,7 +43,11 @@ def command(
     \b
     trace preconditioners runs/my-processor --model EleutherAI/pythia-14m --dataset NeelNanda/pile-10k --truncation
     trace preconditioners runs/my-processor --index runs/my-index
+
+    With --normalizer the scales of its gradients are kept there too, for --processor-path of the other commands.
     """
+    if index and options["normalizer"] != "none":
+        raise click.UsageError("the rows of an --index are scaled already, if at all: leave --normalizer away")
     if index and (options["model"] or options["dataset"]):
         raise click.UsageError("--index has its gradients already: leave --model and --dataset away")
     from attribute.curvature import fit_preconditioners
@@ -53,7 +63,7 @@ def command(
         config,
         index=index or "",
         joint=joint,
-        sample=stats_sample_size,
+        sample=options["stats_sample_size"],
         overwrite=overwrite,
         progress=progress,
     )

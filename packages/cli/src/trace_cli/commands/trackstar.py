@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from trace_cli._options import capture_options, grouped_data_options, model_options
+from trace_cli._options import (
+    capture_options,
+    grouped_data_options,
+    model_options,
+    normalizer_options,
+    stats_option,
+)
 
 
 @click.command("trackstar")
@@ -17,6 +23,8 @@ from trace_cli._options import capture_options, grouped_data_options, model_opti
 @grouped_data_options("data", "Training data")
 @grouped_data_options("query", "Queries")
 @capture_options
+@normalizer_options
+@stats_option
 @click.option(
     "--target-downweight-components",
     default=0,
@@ -24,7 +32,6 @@ from trace_cli._options import capture_options, grouped_data_options, model_opti
 )
 @click.option("--mix-hessians/--no-mix-hessians", default=True, show_default=True, help="Or the training side alone.")
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
-@click.option("--stats-sample-size", default=10_000, show_default=True, help="Training rows for the curvature; 0: all.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON.")
@@ -39,6 +46,7 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
     """
     from attribute import DataConfig, IndexConfig
     from attribute.curvature import trackstar
+    from trace_cli._config import normalizer_fields
     from trace_cli._progress import Bars
     from trace_cli._replay import save_config
     from trace_cli._tables import print_hits
@@ -58,10 +66,11 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
             ("components", "target_downweight_components"),
             ("mix", "mix_hessians"),
             ("damping", "damping"),
-            ("sample", "stats_sample_size"),
             ("top_k", "top_k"),
         )
     }
+    own["sample"] = options["stats_sample_size"]
+    normalizer_fields(options)
     began = time.perf_counter()
     found = trackstar(
         run_path, replace(IndexConfig(**options), data=data), query, overwrite=overwrite, progress=Bars(), **own

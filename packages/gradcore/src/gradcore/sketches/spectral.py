@@ -244,6 +244,10 @@ class _BoundResidual(BoundSketch):
         kept = self._leading.combine(out_factor[..., :rows], in_factor[..., :columns])
         return self._with_tail(kept, self._tail.combine(out_factor[..., rows:], in_factor[..., columns:]))
 
+    def matrix(self, gradient: Tensor) -> Tensor:
+        """Each part takes it in its own way."""
+        return self._with_tail(self._leading.matrix(gradient), self._tail.matrix(gradient))
+
     def vector(self, gradient: Tensor) -> Tensor:
         return self._with_tail(self._leading.vector(gradient), self._tail.vector(gradient))
 
