@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gradcore_models import Reused, TinyLM
@@ -50,6 +52,29 @@ def test_products_equal_those_of_the_gradients_written_out(make, shape, monkeypa
     positions = mine.per_position()
     assert len(positions) == shape[0] * shape[1]
     torch.testing.assert_close(positions.dense().unflatten(0, (shape[0], shape[1])).sum(1), dense)
+
+
+def test_a_looked_up_table_meets_factors_of_any_kind():
+    """Queries of low rank are dense factors."""
+    table, query = looked_up(3, 2, 50, 4), pair(2, 2, 50, 4)
+    expected = torch.einsum("noi,moi->nm", table.dense(), query.dense())
+    torch.testing.assert_close(table.dot(query), expected)
+    torch.testing.assert_close(query.dot(table), expected.T)
+
+
+@pytest.mark.parametrize("make", [pair, looked_up, vector])
+def test_parts_are_joined_by_call_and_by_block(make):
+    calls = [make(4, 3, 5, 6, seed=seed) for seed in (0, 1)]
+    whole = calls[0].dense() + calls[1].dense()
+    torch.testing.assert_close(ModuleGradient.joined(calls).dense(), whole)
+    blocks = [replace(each[some], first=some.start) for some in (slice(2, 4), slice(0, 2)) for each in calls]
+    joined = ModuleGradient.joined(blocks)
+    torch.testing.assert_close(joined.dense(), whole)
+    matrices = make(3, 2, 5, 6, seed=2).dense()
+    for count in (1, 3):
+        dots, squares = joined.dot_and_sq_norm(matrices[:count])
+        torch.testing.assert_close(dots, whole.flatten(1) @ matrices[:count].flatten(1).T)
+        torch.testing.assert_close(squares, whole.square().sum((1, 2)))
 
 
 def test_both_routes_are_taken_where_they_are_cheaper(monkeypatch):

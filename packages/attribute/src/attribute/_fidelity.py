@@ -41,20 +41,16 @@ class Yardstick:
         self._batch = replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
         self._exact = torch.zeros(len(rows), len(rows), dtype=torch.double, device=model.device)
 
-        parts: dict[str, list[ModuleGradient]] = {}
+        held: dict[str, list[ModuleGradient]] = {}
 
-        def add(gradient: ModuleGradient) -> None:
-            mine = slice(gradient.first, gradient.first + len(gradient))
-            self._exact[mine, mine] += gradient.dot(gradient)
-            # Earlier parts are other examples' or, of a module that runs again, the same ones' first calls.
-            for earlier in parts.setdefault(gradient.name, []):
-                theirs, products = slice(earlier.first, earlier.first + len(earlier)), gradient.dot(earlier)
-                self._exact[mine, theirs] += products
-                self._exact[theirs, mine] += products.T
-            parts[gradient.name].append(gradient)
+        def hold(gradient: ModuleGradient) -> None:
+            held.setdefault(gradient.name, []).append(gradient)
 
-        with GradientCollector(model.base, replace(plan, sketch=Identity()), factors=add):
+        with GradientCollector(model.base, replace(plan, sketch=Identity()), factors=hold):
             self._run(plan)
+        for parts in held.values():
+            gradient = ModuleGradient.joined(parts)
+            self._exact += gradient.dot(gradient)
 
     def judge(self, plan: CapturePlan) -> Fidelity | None:
         """How near a plan's rows come.

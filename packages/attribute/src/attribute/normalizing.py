@@ -114,7 +114,7 @@ def fit_normalizer(
         for chosen in plan_batches(tokens.lengths, rows, budget):
             finite_losses(model, assemble(tokens, chosen, model.device), plan.reduction).sum().backward()
             for name, parts in calls.items():
-                found = _squares(parts)
+                found = _squares(ModuleGradient.joined(parts))
                 sums[name] = found if name not in sums else sums[name].add_(found)
             calls.clear()
             progress.advance(int(tokens.lengths[chosen].sum()))
@@ -122,12 +122,10 @@ def fit_normalizer(
     return Normalizer.of_moments(kind, {name: (each / len(rows)).float().cpu() for name, each in sums.items()})
 
 
-def _squares(parts: list[ModuleGradient]) -> Tensor:
-    """``Σ_n G_n² [out, in]`` of a batch, in blocks of rows; the calls of a module that runs again are summed first."""
+def _squares(gradient: ModuleGradient) -> Tensor:
+    """``Σ_n G_n² [out, in]`` of a batch, in blocks of rows."""
     total: Tensor | None = None
-    for examples, block in parts[0].blocks():
-        for other in parts[1:]:
-            block = block + other[examples].dense()
+    for _, block in gradient.blocks():
         squares = block.square_().sum(0, dtype=torch.float64)
         total = squares if total is None else total.add_(squares)
     assert total is not None

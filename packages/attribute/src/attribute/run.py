@@ -18,7 +18,7 @@ RECORDS = "records.jsonl"
 # A writer that dies before its manifest is there leaves these.
 _UNBORN = {"writer.lock", "journal.jsonl", "shards", "data"}
 # All that trace puts into a run folder; anything else is somebody's, and never deleted.
-_OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT, "basis.safetensors", "normalizer.safetensors"}
+_OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT, "basis.safetensors", "normalizer.safetensors", "offsets.npy"}
 _TOKENS = {RECORDS, "ids.bin", "labelled.bin", "offsets.bin", "tokens.json", "lock"}
 # Where things come from, not what they are: a folder may move while a run rests. What they hold is compared by hash.
 _PROVENANCE = {

@@ -20,7 +20,9 @@ _COMMANDS = {
     "preconditioners": ("trace_cli.commands.preconditioners", "Fit the second moment of sketched gradients."),
     "probe": ("probing.cli:probe", "Find the subnetwork that computes a variable."),
     "query": ("trace_cli.commands.query", "Ask an index which rows made the model say a text."),
+    "reduce": ("trace_cli.commands.reduce", "Sum a dataset's gradients into a query, or one a group."),
     "sae": ("sparsify.cli:sae", "Train, evaluate, convert and push sparse autoencoders and transcoders."),
+    "score": ("trace_cli.commands.score", "Score a dataset against query gradients in one pass."),
     "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
     "trackstar": ("trace_cli.commands.trackstar", "Score training rows for queries as TrackStar does."),
 }

@@ -349,8 +349,9 @@ def _sketched_vectors(gradient: ModuleGradient, bound: BoundSketch) -> ModuleGra
     """A vector layer's gradient comes summed and sketched, as one position; a matrix layer's factors are so already."""
     if not gradient.vectors:
         return gradient
-    flat = bound.vector(torch.stack([each.sum(1) for each in gradient.vectors], dim=-1)).flatten(1)
-    return ModuleGradient(gradient.name, vectors=(flat[:, None],))
+    found = bound.vector(torch.stack([each.sum(1) for each in gradient.vectors], dim=-1))
+    columns = found.unbind(-1) if found.dim() == 3 else (found,)
+    return ModuleGradient(gradient.name, vectors=tuple(each[:, None] for each in columns))
 
 
 def _deliver_normalized(

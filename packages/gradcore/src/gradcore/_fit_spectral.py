@@ -230,7 +230,7 @@ def _accumulating(
     def add(gradient: ModuleGradient) -> None:
         found = sums[gradient.name]
         if gradient.into is None:
-            found.add_vectors(gradient.vectors[0].flatten(1).float())
+            found.add_vectors(gradient.dense().flatten(1))
         elif isinstance(gradient.out, Tensor):
             found.add(gradient.out.float(), gradient.into.float())
         else:  # formed, for a normaliser that scales every entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,6 +98,17 @@ class ModuleGradient:
         n, out, _ = gradient.shape
         return cls(name, OneHot(torch.arange(out, device=gradient.device).expand(n, out), out), gradient, first=first)
 
+    @classmethod
+    def joined(cls, parts: Sequence[ModuleGradient]) -> ModuleGradient:
+        """The parts of one batch as one: calls of a module that ran again side by side, blocks one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        blocks: dict[int, list[ModuleGradient]] = {}
+        for each in parts:
+            blocks.setdefault(each.first, []).append(each)
+        calls = [_concatenated(blocks[first], dim=1) for first in sorted(blocks)]
+        return calls[0] if len(calls) == 1 else _concatenated(calls, dim=0)
+
     def dense(self) -> Tensor:
         """The gradients ``[n, out, in]``, at least float32."""
         if self.out is None or self.into is None:
@@ -140,6 +151,15 @@ class ModuleGradient:
                 for _, mine in self.blocks()
             ]
         )
+
+    def dot_and_sq_norm(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`dot` with matrices ``[m, out, in]`` and :meth:`sq_norm`, with gradients formed once at most."""
+        formed = len(matrices) > 1 and not isinstance(self.out, OneHot)
+        if not formed or self._ghost_is_cheaper(self.positions, pairs=1, formed=0):
+            return self.dot(matrices), self.sq_norm()
+        flat = _exact(matrices).flatten(1).T
+        found = [(block.flatten(1) @ flat, block.square().sum((1, 2))) for _, block in self.blocks()]
+        return torch.cat([dots for dots, _ in found]), torch.cat([squares for _, squares in found])
 
     def sum_over_examples(self) -> Tensor:
         """``Σ_n G_n [out, in]`` in one product, no example's own being formed."""
@@ -186,19 +206,53 @@ class ModuleGradient:
             yield self[start : start + step]
 
 
+def _concatenated(parts: Sequence[ModuleGradient], dim: int) -> ModuleGradient:
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    out: Factor | None = None
+    if isinstance(first.out, OneHot):
+        out = replace(first.out, ids=torch.cat([each.out.ids for each in parts if isinstance(each.out, OneHot)], dim))
+    elif first.out is not None:
+        out = torch.cat([each.out for each in parts if isinstance(each.out, Tensor)], dim)
+    return replace(
+        first,
+        out=out,
+        into=None if first.into is None else torch.cat([each.into for each in parts if each.into is not None], dim),
+        vectors=tuple(torch.cat(each, dim) for each in zip(*(part.vectors for part in parts))),
+    )
+
+
 def _ghost(mine: ModuleGradient, theirs: ModuleGradient, *, aligned: bool) -> Tensor:
     """Ghost products of examples ``[n]`` with themselves, or ``[n, m]`` of all pairs."""
     assert mine.into is not None
     assert theirs.into is not None
-    equation = "nsd,ntd->nst" if aligned else "nsd,mtd->nmst"
-    grams = torch.einsum(equation, _exact(mine.into), _exact(theirs.into))
-    if isinstance(mine.out, OneHot) and isinstance(theirs.out, OneHot):
-        ids, others = mine.out.ids, theirs.out.ids
-        left, right = (ids[..., None], others[:, None]) if aligned else (ids[:, None, :, None], others[None, :, None])
-        return (grams * ((left == right) & (left >= 0))).sum((-2, -1))
-    assert isinstance(mine.out, Tensor)
-    assert isinstance(theirs.out, Tensor)
-    return (grams * torch.einsum(equation, _exact(mine.out), _exact(theirs.out))).sum((-2, -1))
+    assert mine.out is not None
+    assert theirs.out is not None
+    return (_grams(mine.into, theirs.into, aligned) * _grams(mine.out, theirs.out, aligned)).sum((-2, -1))
+
+
+def _grams(left: Factor, right: Factor, aligned: bool) -> Tensor:
+    """Inner products of positions: ``[n, s, t]`` of the same examples, or ``[n, m, s, t]`` of all pairs."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.einsum("nsd,ntd->nst" if aligned else "nsd,mtd->nmst", _exact(left), _exact(right))
+    if isinstance(left, OneHot) and isinstance(right, OneHot):
+        mine, theirs = left.ids, right.ids
+        mine, theirs = (
+            (mine[..., None], theirs[:, None]) if aligned else (mine[:, None, :, None], theirs[None, :, None])
+        )
+        return ((mine == theirs) & (mine >= 0)).float()
+    if isinstance(right, OneHot):
+        return _grams(right, left, aligned).movedim(1, 0).mT if not aligned else _grams(right, left, aligned).mT
+    assert isinstance(left, OneHot)
+    assert isinstance(right, Tensor)
+    # An inner product with a unit vector is a lookup.
+    if aligned:
+        table = _exact(right).mT  # [n, d, t]
+        found = table.gather(1, left.ids.clamp(min=0)[..., None].expand(*left.ids.shape, table.shape[2]))
+        return torch.where((left.ids >= 0)[..., None], found, 0)
+    found = _exact(right)[:, :, left.ids.clamp(min=0)].permute(2, 0, 3, 1)  # [m, t, n, s] to [n, m, s, t]
+    return torch.where((left.ids >= 0)[:, None, :, None], found, 0)
 
 
 def _exact(factor: Tensor) -> Tensor:

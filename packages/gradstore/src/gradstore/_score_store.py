@@ -65,6 +65,7 @@ class ScoreStore:
         provenance: Any,
         sign: str = SIGN,
         rows_per_shard: int | None = None,
+        offsets: NDArray[Any] | None = None,
     ) -> StoreWriter:
         """A writer whose rows are the scores of a row for all queries; `StoreWriter.resume` continues it.
 
@@ -75,7 +76,7 @@ class ScoreStore:
             plan: Any JSON that says how the scores are made; another one can't resume them.
             provenance: Any JSON: the index, the queries, the method and its parameters.
             sign: What a positive score means.
-            rows_per_shard: As for `StoreWriter.create`.
+            rows_per_shard, offsets: As for `StoreWriter.create`; with offsets a row is a token.
         """
         if isinstance(queries, str) or len(set(queries)) < len(queries):
             raise InvalidInput("queries must be a list of different names.")
@@ -88,6 +89,7 @@ class ScoreStore:
             rows_per_shard=rows_per_shard,
             side_columns=(),
             data=False,
+            offsets=offsets,
         )
 
     @property

@@ -108,7 +108,7 @@ def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_
     def hand(gradient: ModuleGradient) -> None:
         state.once(gradient.name)
         if gradient.into is None:
-            return on_vector(gradient.name, _exact(gradient.vectors[0][:, 0]))
+            return on_vector(gradient.name, gradient.dense().flatten(1))
         given, out = _exact(gradient.into), gradient.out
         positions = state.positions(gradient.name, given)
         if isinstance(out, Tensor):

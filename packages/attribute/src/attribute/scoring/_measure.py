@@ -1,0 +1,174 @@
+"""How a batch is scored: factors meet the queries module by module, or sketched rows meet them all at once.
+
+Whole gradients are never kept: in the backward pass each module's factors meet the queries by the cheaper of the routes
+of :class:`gradcore.ModuleGradient` (contracted for one query, formed for many, ghost products for those of low rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from attribute._errors import ModelError
+from attribute.batching import Batch
+from attribute.engine import Measure, RowBlock, finite_losses, labelled_tokens
+from attribute.model import LanguageModel
+from attribute.scoring import _forward_mode
+from attribute.scoring._queries import Queries
+from gradcore import CapturePlan, GradientCollector, Identity, ModuleGradient
+
+
+def route_of(queries: Queries) -> str:
+    """The route in words, for the person who waits."""
+    config, count = queries.config, len(queries)
+    if config.tokens == "output":
+        return f"forward-mode derivatives along {count} {_plural(count)}: each gives the change of every token's loss"
+    if not isinstance(queries.plan.sketch, Identity):
+        return f"sketched rows of {queries.plan.width:,} floats times {count} {_plural(count)}"
+    if config.query_rank:
+        return f"ghost products of factors with {count} {_plural(count)} of rank {config.query_rank}"
+    if count == 1 and not config.unit_normalize:
+        return "factors contracted with one query: no gradient is formed"
+    return f"gradients formed module by module, times {count} {_plural(count)}"
+
+
+@contextmanager
+def measuring(model: LanguageModel, queries: Queries) -> Iterator[Measure]:
+    """A measurement whose blocks hold scores ``[n, columns]``, or ``[n, s, columns]`` of tokens, as gradients."""
+    if queries.config.tokens == "output":
+        yield _by_forward_mode(model, queries)
+        return
+    plan, tokens = queries.plan, bool(queries.config.tokens)
+    if not isinstance(plan.sketch, Identity):
+        with GradientCollector(model.base, plan, per_position=tokens) as collector:
+            yield _by_rows(model, queries, collector)
+        return
+    meeting = _Meeting(queries)
+    with GradientCollector(model.base, plan, factors=meeting.receive, per_position=tokens):
+        yield _by_factors(model, queries, meeting)
+
+
+def _by_rows(model: LanguageModel, queries: Queries, collector: GradientCollector) -> Measure:
+    def scores(batch: Batch) -> Tensor:
+        rows = collector.take().float()
+        found = torch.cat([rows @ queries.flat(number).T for number in range(len(queries.slices))], dim=1)
+        norms = rows.norm(dim=1) if queries.config.unit_normalize else None
+        return _finished(found, norms, queries)
+
+    return _backward(model, queries.plan, scores)
+
+
+def _by_factors(model: LanguageModel, queries: Queries, meeting: _Meeting) -> Measure:
+    def scores(batch: Batch) -> Tensor:
+        found, squares = meeting.take()
+        return _finished(found, None if squares is None else squares.sqrt(), queries)
+
+    return _backward(model, queries.plan, scores)
+
+
+def _backward(model: LanguageModel, plan: CapturePlan, scores: Callable[[Batch], Tensor]) -> Measure:
+    def measure(batch: Batch) -> RowBlock:
+        losses = finite_losses(model, batch, plan.reduction)
+        losses.sum().backward()
+        found = scores(batch)
+        n, s = batch.input_ids.shape
+        if len(found) != n:
+            if len(found) != n * s:
+                raise ModelError(
+                    f"some module saw {len(found) // n} positions in rows of {s} tokens: it has no gradient of each "
+                    "token (--modules chooses others)"
+                )
+            found = found.unflatten(0, (n, s))
+        return RowBlock(batch.rows, found, losses.detach(), labelled_tokens(batch))
+
+    return measure
+
+
+def _finished(scores: Tensor, norms: Tensor | None, queries: Queries) -> Tensor:
+    """Cosines where unit gradients are compared, and the largest where the nearest query counts."""
+    if norms is not None:
+        scores = torch.where(norms[:, None] > 0, scores / norms[:, None].clamp(min=1e-30), 0)
+    return _nearest(scores, queries) if queries.config.score == "nearest" else scores
+
+
+def _nearest(scores: Tensor, queries: Queries) -> Tensor:
+    """The largest of the last axis; queries without a gradient are near to nothing."""
+    empty = torch.from_numpy(queries.empty).to(scores.device)
+    return scores.masked_fill(empty, float("-inf")).amax(-1, keepdim=True)
+
+
+class _Meeting:
+    """Scores of the batch at hand, summed over the modules as their factors come."""
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+        self._norms = queries.config.unit_normalize
+        # Norms need all calls of a module together; gradients that a normaliser formed come in blocks of examples.
+        normalizer = queries.plan.normalizer
+        self._waits = self._norms or (normalizer is not None and not normalizer.factored)
+        self._held: dict[str, list[ModuleGradient]] = {}
+        self._scores: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def receive(self, gradient: ModuleGradient) -> None:
+        """One module's factors, met at once or when the batch ends."""
+        self._held.setdefault(gradient.name, []).append(gradient)
+        if not self._waits:
+            self._meet(gradient.name)
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """Scores ``[n, q]`` and squared norms ``[n]`` of the batch."""
+        for name in list(self._held):
+            self._meet(name)
+        scores, squares = self._scores, self._squares
+        self._scores = self._squares = None
+        assert scores is not None
+        return scores, squares
+
+    def _meet(self, name: str) -> None:
+        gradient = ModuleGradient.joined(self._held.pop(name))
+        found = []
+        for number in range(len(self._queries.slices)):
+            query = self._queries.module(name, number)
+            if self._norms and number == 0:
+                if isinstance(query, Tensor):
+                    dots, squares = gradient.dot_and_sq_norm(query)
+                else:
+                    dots, squares = gradient.dot(query), gradient.sq_norm()
+                self._squares = squares if self._squares is None else self._squares + squares
+            else:
+                dots = gradient.dot(query)
+            found.append(dots)
+        scores = torch.cat(found, dim=1)
+        if self._scores is not None and len(self._scores) != len(scores):
+            raise ModelError(
+                f"{name} has {len(scores)} gradients in this batch, modules before it {len(self._scores)}: it does not "
+                "see every token of every row (--modules chooses others)"
+            )
+        self._scores = scores if self._scores is None else self._scores + scores
+
+
+def _by_forward_mode(model: LanguageModel, queries: Queries) -> Measure:
+    if reason := _forward_mode.impossible(model, queries.plan):
+        raise ModelError(f"no forward-mode derivative: {reason}. --attribute-tokens gradient needs none")
+
+    def measure(batch: Batch) -> RowBlock:
+        found, losses = [], torch.empty(0)
+        for start, stop in queries.slices:
+            for query in torch.from_numpy(queries.rows(start, stop)).to(batch.input_ids.device):
+                tangents = _forward_mode.directions(model, queries.plan, query)
+                scores, losses = _forward_mode.token_derivatives(model, batch, tangents, queries.plan.reduction)
+                found.append(scores)
+        stacked = torch.stack(found, dim=-1)
+        if queries.config.score == "nearest":
+            stacked = _nearest(stacked, queries)
+        return RowBlock(batch.rows, stacked, losses, labelled_tokens(batch))
+
+    return measure
+
+
+def _plural(count: int) -> str:
+    return "query" if count == 1 else "queries"

@@ -1,0 +1,279 @@
+"""One pass over a dataset against query gradients: what ``trace score`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from attribute._errors import RunError
+from attribute.attributor import record_text, require_same_weights
+from attribute.config import IndexConfig
+from attribute.data import Source, TokenFile, open_source
+from attribute.engine import RowBlock, run_windows
+from attribute.index import records_of, source_of, tokenise
+from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.progress import Progress, Quiet
+from attribute.run import is_begun, refuse_finished, remove_run, scratch_beside
+from attribute.scoring._config import ScoreConfig
+from attribute.scoring._measure import measuring, route_of
+from attribute.scoring._queries import Queries, require_whole
+from gradstore import GradientStore, ScoreStore, SearchResult, StoreWriter
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores on disk, and the rows (or tokens) at either end.
+
+    Attributes:
+        scores: ``[rows, columns]``; of tokens, a row a token.
+        hits: best and worst of each column.
+        texts: shown row → its text; of tokens, with the token.
+        query_texts: of the columns.
+        route: how they were computed.
+    """
+
+    scores: ScoreStore
+    hits: SearchResult
+    texts: dict[int, str]
+    query_texts: list[str]
+    route: str
+
+    def answer(self) -> dict[str, Any]:
+        """A JSON-able form: proponents and opponents of every column."""
+
+        def listed(rows: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+            return [{"row": int(r), "score": float(s), "text": self.texts[int(r)]} for r, s in zip(rows, scores)]
+
+        hits = self.hits
+        return {
+            "route": self.route,
+            "queries": [
+                {
+                    "query": number,
+                    "text": text,
+                    "proponents": listed(hits.top_rows[number], hits.top_scores[number]),
+                    "opponents": listed(hits.bottom_rows[number], hits.bottom_scores[number]),
+                }
+                for number, text in enumerate(self.query_texts)
+            ],
+        }
+
+
+def score_dataset(
+    path: str | Path,
+    score: ScoreConfig,
+    config: IndexConfig | None = None,
+    *,
+    model: nn.Module | LanguageModel | None = None,
+    data: Source | Any = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_begun: Callable[[], None] | None = None,
+) -> Scored:
+    """Score every row of a dataset against query gradients, keeping nothing on disk but the scores.
+
+    Example::
+
+        found = score_dataset("runs/scores", ScoreConfig("runs/query", score="mean"), IndexConfig(data=texts))
+        found.scores.block(0, 10)       # [10, columns]
+
+    An interrupted run is continued by the same call; finished blocks of rows are kept.
+
+    Args:
+        path: the run folder.
+        score: the queries, and what is made of their scores.
+        config: model, data and batching. What is captured, sketched and normalised the queries decide, and the model,
+            too, where none is named.
+        model, data, tokenizer: what the configuration names, where you have it already.
+        overwrite: replace a run that exists.
+        progress: told of each stage, and of the route that was chosen.
+        on_begun: called once the run folder is there and before the first score.
+
+    Returns:
+        Scores, positive where training on the row lowers the query's loss.
+
+    Raises:
+        RunError: other weights than those the queries were made with; a query without direction.
+        AttributionError: a route that does not exist for these queries.
+        DataError, ModelError: see :func:`open_source` and :func:`load_model`.
+    """
+    progress, path = progress or Quiet(), Path(path)
+    refuse_finished(path, overwrite)
+    config = _as_the_queries(score.query_path, config or IndexConfig())
+    source = open_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
+    if model is None:
+        tokenizer = tokenizer or load_tokenizer(config.tokenizer or config.model, config.revision)
+        model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+    loaded = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
+    queries = Queries(score, loaded.device, progress)
+    _require_same_model(queries, loaded, score.query_path)
+    if score.query_rank or score.tokens == "output":
+        require_whole(queries)
+    if score.query_rank:
+        progress.note(f"rank {score.query_rank} keeps at least {queries.kept:.1%} of the squared norm of each query")
+    route = route_of(queries)
+    progress.note(f"route: {route}")
+    if queries.empty.any():
+        progress.note(f"{queries.empty.sum()} of {len(queries.empty)} queries have no gradient: they count for nothing")
+    if len(queries.slices) > 1:
+        progress.note(f"{len(queries)} queries in {len(queries.slices)} slices, read again for each batch")
+    with scratch_beside(path) as scratch:
+        tokens = tokenise(scratch, source, tokenizer, config, loaded, progress)
+        if overwrite:
+            remove_run(path)
+        with _writer(path, tokens, queries, config, loaded) as writer:
+            if on_begun is not None:
+                on_begun()
+            _run(writer, loaded, tokens, queries, config, progress)
+        scores = ScoreStore.open(path)
+        hits = scores.top(score.top_k)
+        texts = _texts(scores, hits, records_of(scratch), tokens, tokenizer)
+    return Scored(scores, hits, texts, queries.texts, route)
+
+
+def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
+    """The configuration the queries were made with, over this run's model, data and batching."""
+    saved = GradientStore.open(path).meta
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise RunError(f"{path} holds no queries: they come from trace reduce or trace build")
+    made = IndexConfig.from_dict(saved["config"])
+    if config.projection_dim is not None and config.sketch != made.sketch:
+        raise RunError(
+            f"{path} has queries of {made.sketch}, --projection-dim {config.projection_dim} asks for {config.sketch}: "
+            "the queries decide, leave it away or make them again"
+        )
+    return replace(
+        made,
+        model=config.model or made.model,
+        revision=config.revision if config.model else made.revision,
+        tokenizer=config.tokenizer or (made.tokenizer if not config.model else ""),
+        precision=config.precision,
+        device=config.device,
+        token_batch_size=config.token_batch_size,
+        rows_per_shard=config.rows_per_shard,
+        data=config.data,
+    )
+
+
+def _require_same_model(queries: Queries, model: LanguageModel, path: str) -> None:
+    require_same_weights(queries.plan, model.base, path)
+    if queries.store.plan["head"] != model.head_fingerprint():
+        raise RunError(f"{path} was made with another output embedding than {model.name!r} has: its gradients differ")
+
+
+def _writer(path: Path, tokens: TokenFile, queries: Queries, config: IndexConfig, model: LanguageModel) -> StoreWriter:
+    score = queries.config
+    # Where the queries lie is no part of what they are.
+    chosen = {
+        name: value for name, value in score.to_dict().items() if name not in ("query_path", "top_k", "query_rows")
+    }
+    identity = {
+        "capture": queries.plan.to_dict(),
+        "head": model.head_fingerprint(),
+        "tokens": tokens.digest,
+        "token_batch_size": config.token_batch_size,
+        "queries": queries.store.manifest.fingerprint,
+        "score": chosen,
+    }
+    if is_begun(path):
+        return StoreWriter.resume(path, plan=identity)
+    return ScoreStore.create(
+        path,
+        rows=tokens.total if score.tokens else len(tokens),
+        queries=queries.names,
+        plan=identity,
+        provenance={"config": config.to_dict(), "score": score.to_dict(), "route": route_of(queries)},
+        rows_per_shard=config.rows_per_shard or None,
+        offsets=tokens.offsets if score.tokens else None,
+    )
+
+
+def _run(
+    writer: StoreWriter,
+    model: LanguageModel,
+    tokens: TokenFile,
+    queries: Queries,
+    config: IndexConfig,
+    progress: Progress,
+) -> None:
+    of_tokens = bool(queries.config.tokens)
+    windows = [
+        (index, *(_documents(tokens, start, stop) if of_tokens else (start, stop)))
+        for index, start, stop in writer.pending
+    ]
+    left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in windows)
+    if left < tokens.total:
+        progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
+    sink = _TokenSink(writer, tokens) if of_tokens else _RowSink(writer)
+    progress.start("scores", left, "tokens")
+    with torch.enable_grad(), measuring(model, queries) as measure:
+        run_windows(model, tokens, windows, [sink], measure, budget=config.token_batch_size, progress=progress)
+    progress.stop()
+
+
+def _documents(tokens: TokenFile, start: int, stop: int) -> tuple[int, int]:
+    """The documents with a token among rows ``start`` to ``stop`` of all tokens."""
+    first = int(np.searchsorted(tokens.offsets, start, side="right")) - 1
+    return first, int(np.searchsorted(tokens.offsets, stop, side="left"))
+
+
+class _RowSink:
+    """Gathers the scores of a window (``block.gradients [n, columns]``) and hands them to the writer as one shard."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._index = self._start = 0
+        self._scores = np.empty((0, writer.manifest.width), dtype=np.float32)
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """A new shard, zero until blocks arrive."""
+        self._index = index
+        self._start, end = self._writer.manifest.span(index)
+        self._scores = np.zeros((end - self._start, self._writer.manifest.width), dtype=np.float32)
+
+    def add(self, block: RowBlock) -> None:
+        """Put the block's scores where they belong."""
+        self._scores[block.rows - self._start] = block.gradients.float().cpu().numpy()
+
+    def close(self) -> None:
+        """Write the shard."""
+        self._writer.write(self._index, self._scores)
+
+
+class _TokenSink(_RowSink):
+    """The same for scores of tokens ``[n, s, columns]``: a document may reach into the neighbouring shards."""
+
+    def __init__(self, writer: StoreWriter, tokens: TokenFile) -> None:
+        super().__init__(writer)
+        self._offsets = tokens.offsets
+
+    def add(self, block: RowBlock) -> None:
+        """Put each document's tokens where they belong, as far as they are of this shard."""
+        for document, scores in zip(block.rows, block.gradients.float().cpu().numpy()):
+            first, last = (int(self._offsets[document + each]) - self._start for each in (0, 1))
+            start, stop = max(first, 0), min(last, len(self._scores))
+            self._scores[start:stop] = scores[start - first : stop - first]
+
+
+def _texts(
+    scores: ScoreStore, hits: SearchResult, records: Iterable[dict[str, Any]], tokens: TokenFile, tokenizer: Any
+) -> dict[int, str]:
+    """What to show of the rows in the answer."""
+    rows = np.unique(np.concatenate([hits.top_rows.ravel(), hits.bottom_rows.ravel()]))
+    places = [scores.store.document(int(row)) for row in rows]
+    wanted = {document for document, _ in places}
+    found = {number: record_text(record) for number, record in enumerate(records) if number in wanted}
+    if scores.store.offsets is None:
+        return {int(row): found[int(row)] for row in rows}
+    shown = {}
+    for row, (document, position) in zip(rows, places):
+        token = int(tokens.ids(document)[position])
+        shown[int(row)] = f"[{tokenizer.decode([token]) if tokenizer else token}] of {found[document]}"
+    return shown
