@@ -76,7 +76,7 @@ def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[i
 
     def run() -> None:
         windows = [(0, 0, len(sample))]
-        run_windows(model, sample, windows, [], capturing_nothing(model, plan.reduction), budget=4096)
+        run_windows(model, sample, windows, [], capturing_nothing(model, plan), budget=4096)
 
     from dataclasses import replace
 

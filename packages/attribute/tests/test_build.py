@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,42 @@ def test_what_is_not_captured_is_said(make_model, tokenizer, tmp_path):
     records = [{"text": "the sea"}]
     collect_gradients(make_model("gpt_neox"), records, tmp_path / "run", tokenizer=tokenizer, progress=notes)
     assert any(said.startswith("not captured: ") and "output embedding 4,800" in said for said in notes.said)
+
+
+def test_rows_of_tokens_sum_to_the_row_of_their_document(config, tmp_path):
+    """Shards cut through documents; a document without a loss has rows of zeros."""
+    import numpy as np
+
+    whole = build_index(tmp_path / "rows", config)
+    tokens = build_index(tmp_path / "tokens", replace(config, attribute_tokens=True, rows_per_shard=17))
+    rows, offsets = tokens.block(0, tokens.rows), tokens.offsets
+    sums = np.stack([rows[start:stop].sum(0) for start, stop in pairwise(offsets)])
+    expected = whole.block(0, whole.rows)
+    assert np.linalg.norm(sums - expected) <= 1e-4 * np.linalg.norm(expected)
+    assert not rows[offsets[1:] - 1].any()  # the last token of a document predicts nothing
+    assert tokens.data(int(offsets[3]))["text"] == whole.data(3)["text"]
+
+
+def test_a_stopped_build_of_tokens_goes_on(config, tmp_path, monkeypatch):
+    config = replace(config, attribute_tokens=True, rows_per_shard=17)
+    build_index(tmp_path / "whole", config)
+    undo = interrupt(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        build_index(tmp_path / "run", config)
+    undo()
+    build_index(tmp_path / "run", config)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_hit_in_an_index_of_tokens_says_where_it_stands(config, tmp_path):
+    from attribute import Asker, QueryConfig
+    from attribute.query import answer
+
+    store = build_index(tmp_path / "run", replace(config, attribute_tokens=True, projection_dim=8))
+    text = store.data(int(store.offsets[3]))["text"]
+    found = Asker.open(tmp_path / "run").ask([{"text": text}], QueryConfig(top_k=3))
+    hit = found.proponents(0)[0]
+    assert store.document(hit.row) == (hit.document, hit.position)
+    assert hit.record == store.item(hit.document)
+    listed = answer(found, [{"text": text}])["queries"][0]["proponents"][0]
+    assert (listed["document"], listed["position"]) == (hit.document, hit.position)

@@ -146,11 +146,11 @@ def test_another_seed_draws_other_labels(study):
 
 def test_sampled_labels_follow_the_model(study):
     """Mean loss under sampled labels is the entropy, within five standard errors."""
-    model, tokens, _ = study
+    model, tokens, plan = study
     batch = assemble(tokens, [4, 5], model.device)
     with torch.no_grad():
         logits = model.model(input_ids=batch.input_ids).logits[:, :-1].log_softmax(-1)
-        drawn = torch.stack([losses_under(model, batch, "sampled", seed, "sum") for seed in range(300)])
+        drawn = torch.stack([losses_under(model, batch, "sampled", seed, plan) for seed in range(300)])
     entropy = torch.where(batch.labels[:, 1:] != -100, -(logits.exp() * logits).sum(-1), 0).sum(1)
     error = drawn.std(0) / 300**0.5
     assert ((drawn.mean(0) - entropy).abs() < 5 * error).all()

@@ -218,12 +218,12 @@ def test_output_scores_are_of_each_tokens_own_loss(world, tmp_path, folders):
 
 def test_a_killed_run_is_continued_and_has_the_same_bytes(world, tmp_path, monkeypatch):
     root, config, _ = world
-    from attribute.scoring import _score
+    from attribute.engine import MatrixSink
 
     for tokens in ("", "gradient"):
         score = ScoreConfig(str(root / "query"), tokens=tokens)
         score_dataset(tmp_path / f"whole{tokens}", score, config)
-        closed, real = [], _score._RowSink.close
+        closed, real = [], MatrixSink.close
 
         def dying(self, closed=closed, real=real):
             real(self)
@@ -233,7 +233,7 @@ def test_a_killed_run_is_continued_and_has_the_same_bytes(world, tmp_path, monke
 
         path = tmp_path / f"part{tokens}"
         with monkeypatch.context() as patch:
-            patch.setattr(_score._RowSink, "close", dying)
+            patch.setattr(MatrixSink, "close", dying)
             with pytest.raises(KeyboardInterrupt):
                 score_dataset(path, score, config)
         assert not GradientStore.open(path, partial=True).complete

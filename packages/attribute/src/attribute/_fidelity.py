@@ -71,4 +71,4 @@ class Yardstick:
     def _run(self, plan: CapturePlan) -> None:
         assert self._batch is not None
         with torch.enable_grad(), evaluating(self._model):
-            finite_losses(self._model, self._batch, plan.reduction).sum().backward()
+            finite_losses(self._model, self._batch, plan).sum().backward()

@@ -23,11 +23,17 @@ from gradstore import FaissConfig, FaissIndex, GradientStore, SearchResult
 
 @dataclass(frozen=True)
 class Hit:
-    """A training row and its score; ``record`` holds the dataset's columns."""
+    """A training row and its score; ``record`` holds the dataset's columns.
+
+    Of an index of tokens ``row`` is a token, ``document`` and ``position`` say where it stands, and the record is the
+    document's.
+    """
 
     row: int
     score: float
     record: Mapping[str, Any]
+    document: int | None = None
+    position: int | None = None
 
     @property
     def text(self) -> str:
@@ -81,7 +87,9 @@ class Attribution:
     def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
         # An approximate index that finds fewer than k fills up with row -1.
         found = [(int(row), float(score)) for row, score in zip(rows, scores) if row >= 0]
-        return [Hit(row, score, self._store.data(row)) for row, score in found]
+        if self._store.offsets is None:
+            return [Hit(row, score, self._store.data(row)) for row, score in found]
+        return [Hit(row, score, self._store.data(row), *self._store.document(row)) for row, score in found]
 
 
 class Attributor:

@@ -19,12 +19,16 @@ from gradcore import IGNORE
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: ``rows [n]`` (numbers), ``input_ids [n, s]``, ``labels [n, s]`` with −100 where no loss is."""
+    """Right-padded rows: ``rows [n]`` (numbers), ``input_ids [n, s]``, ``labels [n, s]`` with −100 where no loss is.
+
+    ``weights [n]`` multiply the losses, where rows have some.
+    """
 
     rows: np.ndarray
     input_ids: Tensor
     labels: Tensor
     tokens: int
+    weights: Tensor | None = None
 
 
 def plan_batches(lengths: np.ndarray, rows: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -65,4 +69,5 @@ def assemble(tokens: TokenFile, rows: Sequence[int] | np.ndarray, device: torch.
         input_ids=torch.from_numpy(ids).to(device),
         labels=torch.from_numpy(labels).to(device),
         tokens=sum(lengths),
+        weights=None if tokens.weights is None else torch.from_numpy(tokens.weights[np.asarray(rows)]).to(device),
     )

@@ -11,6 +11,7 @@ from gradcore import (
     Dense,
     GlobalSketch,
     Identity,
+    Loss,
     Sketch,
     SparseJL,
     Spectral,
@@ -38,6 +39,10 @@ class DataConfig:
         truncation: cut documents at the model's context instead of refusing them.
         chunk_length: cut documents into chunks of at most this many tokens, each a row; 0 keeps documents whole.
         max_tokens: stop after the row that reaches this many tokens; 0 takes all.
+        reward_column: a number for each completion: its loss is weighted by the reward less the mean reward of the same
+            prompt (Dr. GRPO).
+        advantage_column: the weights themselves.
+        skip_nan_rewards: rows whose reward is NaN count for nothing, instead of being refused.
         data_args: ``"name=value,name=value"`` for the dataset loader.
     """
 
@@ -50,11 +55,20 @@ class DataConfig:
     truncation: bool = False
     chunk_length: int = 0
     max_tokens: int = 0
+    reward_column: str = ""
+    advantage_column: str = ""
+    skip_nan_rewards: bool = False
     data_args: str = ""
 
     def __post_init__(self) -> None:
         if self.truncation and self.chunk_length:
             raise AttributionError("--truncation throws away what --chunk-length would keep: choose one of them")
+        if self.reward_column and self.advantage_column:
+            raise AttributionError("--reward-column and --advantage-column exclude each other")
+        if self.reward_column and self.chunk_length:
+            raise AttributionError("a reward is of a whole completion: --chunk-length would cut it")
+        if self.skip_nan_rewards and not (self.reward_column or self.advantage_column):
+            raise AttributionError("--skip-nan-rewards needs --reward-column or --advantage-column")
         if self.chunk_length == 1 or self.chunk_length < 0:
             raise AttributionError(f"--chunk-length must be 0 or at least 2 tokens, not {self.chunk_length}")
         if self.max_tokens < 0:
@@ -89,7 +103,11 @@ class IndexConfig:
         optimizer_state_path: an ``optimizer.pt`` or checkpoint folder whose second moments are taken; without it and
             without ``processor_path`` they are fitted to the rows.
         stats_sample_size: rows that moments are fitted to, at most; 0 takes all.
+        loss_fn: ``ce``, ``log_odds`` (TRAK's model output) or ``kl`` to a reference, see :class:`gradcore.Loss`.
+        label_smoothing: of ``ce``, from 0 up to 1.
+        reference_model: what ``kl`` compares with; the model without its PEFT adapters by default.
         loss_reduction: ``sum`` or ``mean`` over the labelled tokens of a row.
+        attribute_tokens: a row a token instead of one a document; a document's rows sum to its gradient.
         token_batch_size: padded tokens a batch; longer rows run alone.
         store_dtype: encoding of the stored rows: floats, or 8, 4, 2 or 1 bits with a scale a row and module; int4
             loses next to nothing of a ranking (``docs/store-format.md``).
@@ -113,7 +131,11 @@ class IndexConfig:
     processor_path: str = ""
     optimizer_state_path: str = ""
     stats_sample_size: int = 10_000
+    loss_fn: str = "ce"
+    label_smoothing: float = 0.0
+    reference_model: str = ""
     loss_reduction: str = "sum"
+    attribute_tokens: bool = False
     token_batch_size: int = 4096
     store_dtype: str = "fp32"
     rows_per_shard: int = 0
@@ -138,6 +160,9 @@ class IndexConfig:
             raise AttributionError("--optimizer-state-path needs --normalizer adam, adafactor or shampoo")
         if self.optimizer_state_path and self.processor_path:
             raise AttributionError("--processor-path has a normaliser already: leave --optimizer-state-path away")
+        Loss(self.loss_fn, self.label_smoothing)
+        if self.reference_model and self.loss_fn != "kl":
+            raise AttributionError("--reference-model is what --loss-fn kl compares with")
         if self.rows_per_shard < 0:
             raise AttributionError(f"--rows-per-shard must be 0 (by size) or positive, not {self.rows_per_shard}")
         if self.token_batch_size < 1:

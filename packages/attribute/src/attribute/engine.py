@@ -20,6 +20,7 @@ from attribute.data import TokenFile
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
 from gradcore import IGNORE, CapturePlan, GradientCollector
+from gradstore import StoreWriter
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def run_pass(
     sinks: Sequence[Sink],
     *,
     budget: int,
+    per_position: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Run the rows of every window ``(index, start, stop)`` and hand the blocks to the sinks.
@@ -75,13 +77,14 @@ def run_pass(
         windows: which rows, in which portions; batches never cross a window.
         sinks: who gets the blocks.
         budget: padded tokens a batch.
+        per_position: a gradient a token, ``[n, s, plan.width]`` in the blocks.
         progress: advanced by tokens.
 
     Raises:
         ModelError: a loss is not finite; the row is named.
     """
-    with GradientCollector(model.base, plan) as collector:
-        measure = capturing(model, collector, plan.reduction)
+    with GradientCollector(model.base, plan, per_position=per_position) as collector:
+        measure = capturing(model, collector, plan)
         run_windows(model, tokens, windows, sinks, measure, budget=budget, progress=progress)
 
 
@@ -114,42 +117,60 @@ def run_windows(
                 sink.close()
 
 
-def capturing(model: LanguageModel, collector: GradientCollector, reduction: str) -> Measure:
+def capturing(model: LanguageModel, collector: GradientCollector, plan: CapturePlan) -> Measure:
     """Forward, backward, and the rows that the collector has then."""
 
     def measure(batch: Batch) -> RowBlock:
-        losses = finite_losses(model, batch, reduction)
+        losses = finite_losses(model, batch, plan)
         losses.sum().backward()
-        return RowBlock(batch.rows, collector.take(), losses.detach(), labelled_tokens(batch))
+        found = collector.take()
+        if collector.per_position:
+            found = by_position(found, batch)
+        return RowBlock(batch.rows, found, losses.detach(), labelled_tokens(batch))
 
     return measure
 
 
-def capturing_nothing(model: LanguageModel, reduction: str) -> Measure:
+def capturing_nothing(model: LanguageModel, plan: CapturePlan) -> Measure:
     """Forward and backward for somebody else's hooks; the blocks hold losses only."""
 
     def measure(batch: Batch) -> RowBlock:
-        losses = finite_losses(model, batch, reduction)
+        losses = finite_losses(model, batch, plan)
         losses.sum().backward()
         return RowBlock(batch.rows, losses.new_empty(len(losses), 0), losses.detach(), labelled_tokens(batch))
 
     return measure
 
 
-def finite_losses(model: LanguageModel, batch: Batch, reduction: str) -> Tensor:
-    """Losses ``[n]`` of a batch.
+def by_position(found: Tensor, batch: Batch) -> Tensor:
+    """What each position gave, ``[n·s, columns]``, as ``[n, s, columns]``.
+
+    Raises:
+        ModelError: a module saw another number of positions than there are tokens.
+    """
+    n, s = batch.input_ids.shape
+    if len(found) != n * s:
+        raise ModelError(
+            f"some module saw {len(found) // n} positions in rows of {s} tokens: it has no gradient of each token "
+            "(--modules chooses others)"
+        )
+    return found.unflatten(0, (n, s))
+
+
+def finite_losses(model: LanguageModel, batch: Batch, plan: CapturePlan) -> Tensor:
+    """Losses ``[n]`` of a batch as the plan measures them, times the rows' weights where they have some.
 
     Raises:
         ModelError: one is not finite; the row is named.
     """
-    losses = model.losses(batch.input_ids, batch.labels, reduction)
+    losses = model.losses(batch.input_ids, batch.labels, plan.reduction, plan.loss)
     finite = losses.detach().isfinite()
     if not finite.all():
         row = int(batch.rows[int((~finite).nonzero()[0])])
         raise ModelError(
             f"row {row} has loss {losses[~finite][0].item()}: the model overflows on it (--precision fp32?)"
         )
-    return losses
+    return losses if batch.weights is None else losses * batch.weights
 
 
 def labelled_tokens(batch: Batch) -> np.ndarray:
@@ -172,6 +193,53 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+class MatrixSink:
+    """Gathers what a window's rows gave, ``[n, columns]``, and hands it to a writer as one shard.
+
+    With ``offsets`` blocks hold ``[n, s, columns]`` and a row of the store is a token: a document may reach into the
+    neighbouring shards, and is then run for each of them.
+    """
+
+    def __init__(self, writer: StoreWriter, offsets: np.ndarray | None = None) -> None:
+        self._writer = writer
+        self._offsets = offsets
+        self._index = self._start = 0
+        self._rows = np.empty((0, writer.manifest.width), dtype=np.float32)
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """A new shard, zero until blocks arrive."""
+        self._index = index
+        self._start, end = self._writer.manifest.span(index)
+        self._rows = np.zeros((end - self._start, self._writer.manifest.width), dtype=np.float32)
+
+    def add(self, block: RowBlock) -> None:
+        """Put the block where it belongs; of tokens, as far as they are of this shard."""
+        found = block.gradients.float().cpu().numpy()
+        if self._offsets is None:
+            self._rows[block.rows - self._start] = found
+            return
+        for document, rows in zip(block.rows, found):
+            first, last = (int(self._offsets[document + each]) - self._start for each in (0, 1))
+            start, stop = max(first, 0), min(last, len(self._rows))
+            self._rows[start:stop] = rows[start - first : stop - first]
+
+    def close(self) -> None:
+        """Write the shard."""
+        self._writer.write(self._index, self._rows)
+
+
+def document_windows(tokens: TokenFile, spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Ranges of tokens ``(index, start, stop)`` as the ranges of documents that have some of them."""
+    return [
+        (
+            index,
+            int(np.searchsorted(tokens.offsets, start, side="right")) - 1,
+            int(np.searchsorted(tokens.offsets, stop, side="left")),
+        )
+        for index, start, stop in spans
+    ]
 
 
 class MemorySink:

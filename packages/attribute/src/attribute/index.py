@@ -15,8 +15,9 @@ from attribute._errors import DataError
 from attribute._fidelity import Yardstick
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
-from attribute.engine import RowBlock, run_pass
-from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.data.rewards import weights_of
+from attribute.engine import MatrixSink, RowBlock, document_windows, run_pass
+from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import normalizer_for, save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import (
@@ -60,7 +61,7 @@ def build_index(
     refuse_finished(path, overwrite)
     source = open_source(config.data)
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
-    model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+    model = model_of(config)
     return collect_gradients(
         model,
         source,
@@ -224,6 +225,9 @@ def tokenise(
     progress.stop()
     if not len(tokens):
         raise DataError(f"{source.name} has no rows")
+    tokens.weigh(weights_of(records_of(scratch), config.data))
+    if tokens.weights is not None and not tokens.weights.any():
+        raise DataError(f"every row of {source.name} has weight 0: each reward is the mean of its prompt's")
     if without_loss == len(tokens):
         raise DataError(
             f"none of the {len(tokens)} rows of {source.name} has a token with a loss: each has fewer than 2 tokens, "
@@ -284,7 +288,7 @@ def _writer(
         return StoreWriter.resume(path, plan=identity)
     return StoreWriter.create(
         path,
-        rows=len(tokens),
+        rows=tokens.total if config.attribute_tokens else len(tokens),
         columns=plan.columns,
         plan=identity,
         meta={
@@ -294,7 +298,8 @@ def _writer(
         },
         dtype=config.store_dtype,
         rows_per_shard=config.rows_per_shard or None,
-        side_columns=("loss", "tokens"),
+        side_columns=() if config.attribute_tokens else ("loss", "tokens"),
+        offsets=tokens.offsets if config.attribute_tokens else None,
     )
 
 
@@ -306,13 +311,22 @@ def _collect(
     config: IndexConfig,
     progress: Progress,
 ) -> None:
-    pending = writer.pending
+    of_tokens = config.attribute_tokens
+    pending = document_windows(tokens, writer.pending) if of_tokens else writer.pending
+    sink = MatrixSink(writer, tokens.offsets) if of_tokens else StoreSink(writer, plan.width)
     left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in pending)
     if left < tokens.total:
         progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
     progress.start("gradients", left, "tokens")
     run_pass(
-        model, tokens, plan, pending, [StoreSink(writer, plan.width)], budget=config.token_batch_size, progress=progress
+        model,
+        tokens,
+        plan,
+        pending,
+        [sink],
+        budget=config.token_batch_size,
+        per_position=of_tokens,
+        progress=progress,
     )
     progress.stop()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
-from gradcore import MATRICES, AttentionConfig, CapturePlan, model_fingerprint, per_example_loss
+from gradcore import (
+    MATRICES,
+    AttentionConfig,
+    CapturePlan,
+    Loss,
+    model_fingerprint,
+    not_collecting,
+    per_example_loss,
+)
 
 if TYPE_CHECKING:
     from attribute.config import IndexConfig
@@ -29,12 +38,14 @@ class LanguageModel:
         base: everything before the output embedding; module names are relative to it.
         fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head of the
             base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
+        reference: what the loss ``kl`` compares with; by default the model with its adapters switched off.
     """
 
     name: str
     model: nn.Module
     base: nn.Module
     fused: bool
+    reference: LanguageModel | None = None
 
     @classmethod
     def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
@@ -77,14 +88,27 @@ class LanguageModel:
         """Fingerprint of the output embedding, which shapes every gradient below it."""
         return model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
 
-    def losses(self, input_ids: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
-        """Loss of each row ``[n]`` in nats, in float32; ``[n, s]`` ids and labels."""
+    def losses(self, input_ids: Tensor, labels: Tensor, reduction: str = "sum", loss: str = "ce") -> Tensor:
+        """Loss of each row ``[n]`` in nats, in float32; ``[n, s]`` ids and labels; the losses are :class:`Loss`'s."""
+        kind = Loss.named(loss)
         if self.fused:
             head = self.model.get_output_embeddings()  # type: ignore[operator]
+            other = self._reference_states(input_ids) if kind.name == "kl" else None
             hidden = self.base(input_ids=input_ids, use_cache=False)[0]
-            return per_example_loss(hidden, head.weight, labels, bias=head.bias, reduction=reduction)
+            return per_example_loss(
+                hidden, head.weight, labels, bias=head.bias, reduction=reduction, loss=loss, reference=other
+            )
+        if kind.name == "kl":
+            raise ModelError(f"{self.name or 'the model'} rescales its logits, for which --loss-fn kl is not there yet")
         logits = self.model(input_ids=input_ids, use_cache=False).logits
-        return _logit_losses(logits, labels, reduction)
+        return _logit_losses(logits, labels, reduction, kind)
+
+    def _reference_states(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states and output embedding of what is compared with."""
+        other = self.reference or self
+        head = other.model.get_output_embeddings()  # type: ignore[operator]
+        with torch.no_grad(), not_collecting(), nullcontext() if self.reference else _without_adapters(self.model):
+            return other.base(input_ids=input_ids, use_cache=False)[0], head.weight, head.bias
 
     def plan(self, config: IndexConfig, attention: Mapping[str, AttentionConfig] | None = None) -> CapturePlan:
         """What the configuration captures of this model, with the heads of ``attention`` one by one."""
@@ -94,6 +118,7 @@ class LanguageModel:
             exclude=config.exclude,
             kinds=None if config.modules else MATRICES,
             sketch=config.sketch,
+            loss=str(Loss(config.loss_fn, config.label_smoothing)),
             reduction=config.loss_reduction,
             include_bias=config.include_bias,
             attention=attention,
@@ -126,6 +151,26 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
     return LanguageModel.wrap(_moved(model, device), name)
+
+
+def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> LanguageModel:
+    """The model that a configuration names, with its reference where the loss needs one."""
+    device = device or config.device
+
+    def load(which: str, revision: str) -> LanguageModel:
+        return load_model(which, precision=config.precision, device=device, revision=revision)
+
+    model = load(name or config.model, config.revision)
+    if not config.reference_model:
+        return model
+    reference = load(config.reference_model, "")
+    heads = [each.model.get_output_embeddings().weight for each in (model, reference)]  # type: ignore[operator]
+    if len(heads[0]) != len(heads[1]):
+        raise ModelError(
+            f"{config.reference_model} has a vocabulary of {len(heads[1])}, {model.name} one of {len(heads[0])}: their "
+            "predictions cannot be compared"
+        )
+    return replace(model, reference=reference)
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:
@@ -193,11 +238,11 @@ def _probe(model: nn.Module, base: nn.Module, head: nn.Linear, name: str) -> boo
     known = known.view(*ids.shape, -1)
     seen: list[Tensor] = []
 
-    def replace(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
+    def known_logits(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
         seen.append(given[0])
         return known
 
-    handle = head.register_forward_hook(replace)
+    handle = head.register_forward_hook(known_logits)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -218,9 +263,24 @@ def _probe(model: nn.Module, base: nn.Module, head: nn.Linear, name: str) -> boo
     return plain and len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(logits.to(known.dtype), known)
 
 
-def _logit_losses(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError("--loss-fn kl compares with a reference: name --reference-model, or load a PEFT adapter")
+    model.disable_adapters()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.enable_adapters()  # type: ignore[operator]
+
+
+def _logit_losses(logits: Tensor, labels: Tensor, reduction: str, kind: Loss) -> Tensor:
     targets = labels[:, 1:]
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none", ignore_index=-100)
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().mT, targets, reduction="none", ignore_index=-100, label_smoothing=kind.smoothing
+    )
+    if kind.name == "log_odds":
+        losses = torch.where(targets != -100, losses + (-torch.expm1(-losses)).clamp(min=1e-7).log(), 0)
     total = losses.sum(1)
     return total if reduction == "sum" else total / (targets != -100).sum(1).clamp(min=1)
 

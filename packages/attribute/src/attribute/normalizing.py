@@ -112,7 +112,7 @@ def fit_normalizer(
     progress.start(f"moments for {kind}", int(tokens.lengths[rows].sum()), "tokens")
     with torch.enable_grad(), evaluating(model), GradientCollector(model.base, whole, factors=hold):
         for chosen in plan_batches(tokens.lengths, rows, budget):
-            finite_losses(model, assemble(tokens, chosen, model.device), plan.reduction).sum().backward()
+            finite_losses(model, assemble(tokens, chosen, model.device), plan).sum().backward()
             for name, parts in calls.items():
                 found = _squares(ModuleGradient.joined(parts))
                 sums[name] = found if name not in sums else sums[name].add_(found)

@@ -17,7 +17,7 @@ from attribute.data import Row, TokenFileWriter, open_source, rows_of
 from attribute.data.sources import Source
 from attribute.engine import gradients_of
 from attribute.index import source_of
-from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.spectral import plan_of
 from gradstore import GradientStore
 
@@ -50,7 +50,7 @@ class Asker:
         plan = plan_of(store)
         config = IndexConfig.from_dict(store.meta["config"])
         name = model or config.model
-        loaded = load_model(name, precision=config.precision, device=device, revision=config.revision)
+        loaded = model_of(config, name=name, device=device)
         require_same_weights(plan, loaded.base, str(index))
         if store.plan["head"] != loaded.head_fingerprint():
             raise RunError(f"{index} was made with another output embedding than {name!r} has: its gradients differ")
@@ -131,7 +131,11 @@ def answer(found: Attribution, queries: Sequence[Mapping[str, Any]], *, text_fie
     """The JSON of ``trace query --json``: proponents and opponents of every query, with row, score and text."""
 
     def listed(hits: list[Hit]) -> list[dict[str, Any]]:
-        return [{"row": hit.row, "score": hit.score, "text": hit.column(text_field)} for hit in hits]
+        shown = []
+        for hit in hits:
+            where = {} if hit.position is None else {"document": hit.document, "position": hit.position}
+            shown.append({"row": hit.row, **where, "score": hit.score, "text": hit.column(text_field)})
+        return shown
 
     return {
         "queries": [

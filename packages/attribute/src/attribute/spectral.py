@@ -55,7 +55,7 @@ def fit_basis(
     rows = np.sort(rows[: int(np.searchsorted(lengths[rows].cumsum(), wanted)) + 1])
 
     def run() -> None:
-        measure = capturing_nothing(model, plan.reduction)
+        measure = capturing_nothing(model, plan)
         with evaluating(model):
             for batch in plan_batches(lengths, rows, budget):
                 measure(assemble(tokens, batch, model.device))

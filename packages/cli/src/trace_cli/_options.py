@@ -37,6 +37,9 @@ data_options = _stack(
     click.option("--truncation", is_flag=True, help="Cut documents at the model's context."),
     click.option("--chunk-length", default=0, help="Cut documents into rows of at most this many tokens."),
     click.option("--max-tokens", default=0, help="Stop after the row that reaches this many tokens."),
+    click.option("--reward-column", default="", help="Weight losses by reward less the mean of the prompt (Dr. GRPO)."),
+    click.option("--advantage-column", default="", help="Weight losses by this column."),
+    click.option("--skip-nan-rewards", is_flag=True, help="Leave rows with a NaN reward out instead of refusing them."),
     click.option("--data-args", default="", metavar="A=1,B=X", help="Arguments for the dataset loader."),
 )
 
@@ -108,6 +111,9 @@ def grouped_data_options(group: str, about: str) -> Callable[[F], F]:
         option("truncation", is_flag=True, help=f"{about}: cut documents at the model's context."),
         option("chunk-length", default=0, help=f"{about}: cut documents into rows of at most this many tokens."),
         option("max-tokens", default=0, help=f"{about}: stop after the row that reaches this many tokens."),
+        option("reward-column", default="", help=f"{about}: weight losses by reward less the mean of the prompt."),
+        option("advantage-column", default="", help=f"{about}: weight losses by this column."),
+        option("skip-nan-rewards", is_flag=True, help=f"{about}: leave rows with a NaN reward out."),
         option("data-args", default="", metavar="A=1,B=X", help=f"{about}: arguments for the dataset loader."),
     )
 
@@ -153,4 +159,18 @@ stats_option = click.option(
     default=10_000,
     show_default=True,
     help="Rows that a normaliser or curvature is fitted to, at most; 0 takes all.",
+)
+
+loss_options = _stack(
+    click.option(
+        "--loss-fn",
+        type=click.Choice(["ce", "log_odds", "kl"]),
+        default="ce",
+        show_default=True,
+        help="Cross-entropy, log odds of the label, or KL to a reference.",
+    ),
+    click.option("--label-smoothing", default=0.0, show_default=True, help="Of cross-entropy."),
+    click.option(
+        "--reference-model", default="", help="What kl compares with; the model without its adapters by default."
+    ),
 )

@@ -25,7 +25,9 @@ def print_hits(
         table.add_row("", "", f"[dim]{name}[/dim]")
         for hit in hits:
             score = f"{hit['score']:+.3f}" if unit_norm else f"{hit['score']:+.4g}"
-            table.add_row(f"[{colour}]{score}[/{colour}]", str(hit["row"]), escape(_short(hit["text"])))
+            # Of an index of tokens: document and place.
+            place = f"{hit['document']}:{hit['position']}" if "position" in hit else str(hit["row"])
+            table.add_row(f"[{colour}]{score}[/{colour}]", place, escape(_short(hit["text"])))
     console.print(table)
 
 

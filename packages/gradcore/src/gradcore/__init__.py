@@ -1,13 +1,14 @@
 """Per-example gradients of any torch model, by hooks, at the cost of a forward and an activation-backward pass."""
 
 from gradcore._addressing import select_modules
-from gradcore._collector import GradientCollector
+from gradcore._collector import GradientCollector, not_collecting
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
 from gradcore._fidelity import Fidelity, fidelity, gram_fidelity
 from gradcore._fingerprint import model_fingerprint
 from gradcore._fit_spectral import fit_spectral, with_residual
 from gradcore._loss import IGNORE, per_example_loss
+from gradcore._losses import Loss
 from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
@@ -36,6 +37,7 @@ __all__ = [
     "GradientCollector",
     "IGNORE",
     "Identity",
+    "Loss",
     "MATRICES",
     "ModuleGradient",
     "ModulePlan",
@@ -54,6 +56,7 @@ __all__ = [
     "gram_fidelity",
     "model_fingerprint",
     "normalizer_kinds",
+    "not_collecting",
     "optimizer_moments",
     "per_example_loss",
     "select_modules",

@@ -7,7 +7,9 @@ never formed by autograd, and the graph begins at the first captured module: 2P 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import overload
 
@@ -26,6 +28,28 @@ from gradcore.sketches import BoundSketch
 
 Closure = Callable[[str, Tensor], None]
 OnFactors = Callable[[ModuleGradient], None]
+
+
+_PAUSED: ContextVar[bool] = ContextVar("gradcore_paused", default=False)
+
+
+@contextmanager
+def not_collecting() -> Generator[None]:
+    """Inside, collectors let forward passes through as if they were not there: a reference model's, say.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> with GradientCollector(model, CapturePlan.for_model(model)) as collector:
+    ...     with torch.no_grad(), not_collecting():
+    ...         before = model(torch.ones(1, 4))
+    ...     model(torch.ones(3, 4)).square().sum().backward()
+    >>> len(collector.rows)
+    3
+    """
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
 
 
 class GradientCollector:
@@ -97,7 +121,7 @@ class GradientCollector:
         self.plan = plan
         self._closure = closure
         self._factors = factors
-        self._per_position = per_position
+        self.per_position = per_position
         self._freeze = freeze
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
@@ -291,14 +315,14 @@ def _forward_hook(
             met = scaled(arrived, layer.backward_side)
             met = meet(met) if early else met
             out, into = (kept, met) if layer.forward_side == "out" else (met, kept)
-            if early and collector._factors is None and not collector._per_position:
+            if early and collector._factors is None and not collector.per_position:
                 return collector._receive(current, name, bound.combine(out, into))
             assert isinstance(into, Tensor)
             whole = ModuleGradient(name, out, into)
         if not early and not layer.elementwise:
             assert normalizer is not None
             return _deliver_normalized(collector, current, whole, bound, normalizer)
-        if collector._per_position:
+        if collector.per_position:
             whole = whole.per_position()
         if collector._factors is not None:
             return collector._receive_factors(current, _sketched_vectors(whole, bound))
@@ -310,6 +334,8 @@ def _forward_hook(
         return collector._receive(current, name, bound.combine(whole.out, whole.into))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        if _PAUSED.get():
+            return output
         if not torch.is_grad_enabled():
             raise CaptureError(
                 f"{name} ran with gradients switched off: leave torch.no_grad() and torch.inference_mode() "
@@ -365,7 +391,7 @@ def _deliver_normalized(
     if isinstance(whole.out, OneHot) and whole.into is not None:
         # Each position touches one row of the table, so that its factor can be multiplied instead.
         whole = ModuleGradient(whole.name, whole.out, normalizer.looked_up(whole.out, whole.into))
-    if collector._per_position:
+    if collector.per_position:
         whole = whole.per_position()
     if collector._factors is not None and not isinstance(whole.out, OneHot):
         for examples, block in whole.blocks():

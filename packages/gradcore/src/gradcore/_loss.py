@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gradcore._errors import CaptureError
-from gradcore._vocabulary import softmax_mean
+from gradcore._losses import Head, Loss, value_and_gradient
 
 IGNORE = -100
+_CE = Loss()
 
 
 def per_example_loss(
@@ -25,12 +26,16 @@ def per_example_loss(
     *,
     bias: Tensor | None = None,
     reduction: str = "sum",
+    loss: str = "ce",
+    reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Next-token cross-entropy of each example in nats, in float32 whatever the dtype of the model.
+    """Next-token loss of each example in nats, in float32 whatever the dtype of the model.
 
     >>> hidden = torch.zeros(2, 3, 4, requires_grad=True)
     >>> per_example_loss(hidden, torch.zeros(5, 4), torch.tensor([[0, 1, 2], [0, 3, -100]])).exp().round()
     tensor([25.,  5.], grad_fn=<RoundBackward0>)
+
+    Memory grows neither with tokens × vocabulary nor with the vocabulary.
 
     Args:
         hidden: last hidden states ``[n, s, d]``, that is the input of the output embedding.
@@ -38,12 +43,15 @@ def per_example_loss(
         labels: token ids ``[n, s]`` as transformers has them: position t is predicted from t−1, −100 is not counted.
         bias: output bias ``[vocabulary]``, or none.
         reduction: ``"sum"`` or ``"mean"`` over the labelled positions of each example.
+        loss: ``"ce"``, ``"ce(smoothing=0.1)"``, ``"log_odds"`` or ``"kl"``, see :class:`Loss`.
+        reference: for ``"kl"``, hidden states, output embedding and bias of the model that is compared with.
 
     Returns:
         ``[n]``; an example without labelled positions has loss 0 and zero gradient.
 
     Raises:
         CaptureError: a label outside the vocabulary.
+        GradCoreError: no such loss, or ``"kl"`` without a reference.
     """
     targets = labels[:, 1:]
     n, s, d = hidden.shape
@@ -55,36 +63,50 @@ def per_example_loss(
             "is the tokenizer the model's own?"
         )
     flat = hidden.reshape(n * s, d).index_select(0, example * s + position)  # [labelled, d]
-    token_losses = token_loss(flat, weight, picked, bias)
+    other = None
+    if reference is not None:
+        states, its_weight, its_bias = reference
+        other = Head(states.detach().reshape(n * s, -1).index_select(0, example * s + position), its_weight, its_bias)
+    token_losses = token_loss(flat, weight, picked, bias, Loss.named(loss), other)
     total = token_losses.new_zeros(n).index_add(0, example, token_losses)
     if reduction == "sum":
         return total
     return total / (targets != IGNORE).sum(1).clamp(min=1)
 
 
-def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each row: ``[t, d], [vocabulary, d], [t]`` to ``[t]`` in float32."""
-    return _TokenLoss.apply(hidden, weight, targets, bias)  # type: ignore[no-any-return]
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    loss: Loss = _CE,
+    reference: Head | None = None,
+) -> Tensor:
+    """Loss of each row: ``[t, d], [vocabulary, d], [t]`` to ``[t]`` in float32."""
+    return _TokenLoss.apply(hidden, weight, targets, bias, loss, reference)  # type: ignore[no-any-return]
 
 
 class _TokenLoss(torch.autograd.Function):
     """Loss and its gradient in the forward pass; the backward pass only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        loss: Loss,
+        reference: Head | None,
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            mean, log_normaliser = softmax_mean(
-                hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-            )
-            chosen = weight.detach().index_select(0, targets).float()  # [t, d]
-            target_logit = (hidden.detach().float() * chosen).sum(1)
-            if bias is not None:
-                target_logit += bias.detach().index_select(0, targets).float()
-            ctx.save_for_backward(mean.sub_(chosen))
+            head = Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+            value, gradient = value_and_gradient(loss, head, targets, reference)
+            ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
-            return log_normaliser - target_logit
+            return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None
+        return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None, None, None

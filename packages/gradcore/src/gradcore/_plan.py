@@ -37,7 +37,7 @@ class CapturePlan:
     Attributes:
         modules: what is captured, in the order of the columns.
         sketch: what is kept of each module's gradient.
-        loss: the measured function, ``"ce"`` (cross-entropy of the labelled tokens).
+        loss: the measured function of the labelled tokens, as :class:`Loss` names it; ``"ce"`` is cross-entropy.
         reduction: ``"sum"`` or ``"mean"`` over an example's labelled tokens.
         model: fingerprint of the weights, ``""`` where it does not matter.
         normalizer: what gradients are multiplied with before they are sketched, or none.

@@ -21,7 +21,7 @@ from attribute.curvature._sidecar import exists
 from attribute.data import TokenFile, open_source
 from attribute.engine import run_pass
 from attribute.index import announce, collect_gradients, tokenise
-from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import normalizer_for, save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import scratch_beside
@@ -226,7 +226,7 @@ def _both_sides(
         progress.note(f"gradients of the {'training rows' if name == 'index' else 'queries'}")
         if model is None:
             tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
-            model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+            model = model_of(config)
         if _finished(path / name, each) and not overwrite:
             stores[name] = GradientStore.open(path / name)
             continue
@@ -299,7 +299,7 @@ def _windows(rows: int, sample: int) -> list[tuple[int, int, int]]:
 def _opened(path: str | Path, config: IndexConfig, progress: Progress) -> Iterator[tuple[LanguageModel, TokenFile]]:
     source = open_source(config.data)
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
-    model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+    model = model_of(config)
     with scratch_beside(Path(path)) as scratch:
         yield model, tokenise(scratch, source, tokenizer, config, model, progress)
 

@@ -152,7 +152,7 @@ def factor_pass(
         for chosen in plan_batches(tokens.lengths, np.asarray(rows), budget):
             batch: Batch = assemble(tokens, chosen, model.device)
             state.begin(batch.labels)
-            losses_under(model, batch, labels, seed, plan.reduction).sum().backward()
+            losses_under(model, batch, labels, seed, plan).sum().backward()
             progress.advance(int(tokens.lengths[chosen].sum()))
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 from attribute.batching import Batch
 from attribute.engine import finite_losses
 from attribute.model import LanguageModel
-from gradcore import IGNORE, per_example_loss
+from gradcore import IGNORE, CapturePlan, per_example_loss
 
 LABELS = ("sampled", "dataset")
 _CHUNK_FLOATS = 25_000_000
 
 
-def losses_under(model: LanguageModel, batch: Batch, labels: str, seed: int, reduction: str) -> Tensor:
+def losses_under(model: LanguageModel, batch: Batch, labels: str, seed: int, plan: CapturePlan) -> Tensor:
     """Losses ``[n]`` of a batch under ``labels``, with a graph."""
     if labels == "dataset":
-        return finite_losses(model, batch, reduction)
+        return finite_losses(model, batch, plan)
+    reduction = plan.reduction
     if not model.fused:
         logits = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
         drawn = _draw(batch, seed, lambda places: logits.detach().flatten(0, 1)[places])

@@ -30,6 +30,7 @@ class TokenFile:
         except FileNotFoundError:
             raise DataError(f"{folder} holds no finished token file") from None
         self._digest = meta["digest"]
+        self.weights: np.ndarray | None = None
         self.offsets = np.fromfile(folder / "offsets.bin", dtype="<i8")
         total = int(self.offsets[-1])
         self._ids = _map(folder / "ids.bin", meta["dtype"], total)
@@ -47,6 +48,12 @@ class TokenFile:
     def digest(self) -> str:
         """Hash of every id, label and offset: the very data a run was made from."""
         return self._digest
+
+    def weigh(self, weights: np.ndarray | None) -> None:
+        """Weights ``[rows]`` of the rows' losses, which become part of the digest."""
+        if weights is not None:
+            self.weights = np.ascontiguousarray(weights, dtype=np.float32)
+            self._digest = hashlib.sha256(self._digest.encode() + self.weights.tobytes()).hexdigest()
 
     @property
     def total(self) -> int:

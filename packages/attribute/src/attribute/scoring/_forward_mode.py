@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribute._errors import ModelError
 from attribute.batching import Batch
+from attribute.engine import finite_losses
 from attribute.model import LanguageModel
 from gradcore import CapturePlan
 from gradcore.layers import layer_for
@@ -56,7 +57,7 @@ def directions(model: LanguageModel, plan: CapturePlan, query: Tensor) -> dict[s
 
 
 def token_derivatives(
-    model: LanguageModel, batch: Batch, tangents: Mapping[str, Tensor], reduction: str
+    model: LanguageModel, batch: Batch, tangents: Mapping[str, Tensor], plan: CapturePlan
 ) -> tuple[Tensor, Tensor]:
     """Change ``[n, s]`` of each token's loss along the query whose directions are given, and losses ``[n]``.
 
@@ -80,7 +81,7 @@ def token_derivatives(
         ) from error
     if change is None:
         change = torch.zeros_like(hidden)
-    return _through_loss(model, batch, hidden, change, reduction)
+    return _through_loss(model, batch, hidden, change, plan)
 
 
 def _hidden(model: LanguageModel, dual: dict[str, Tensor], input_ids: Tensor) -> Tensor:
@@ -91,11 +92,11 @@ def _hidden(model: LanguageModel, dual: dict[str, Tensor], input_ids: Tensor) ->
 
 
 def _through_loss(
-    model: LanguageModel, batch: Batch, hidden: Tensor, change: Tensor, reduction: str
+    model: LanguageModel, batch: Batch, hidden: Tensor, change: Tensor, plan: CapturePlan
 ) -> tuple[Tensor, Tensor]:
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad(), _standing_in(model.base, leaf):
-        losses = model.losses(batch.input_ids, batch.labels, reduction)
+        losses = finite_losses(model, batch, plan)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     shares = (gradient.float() * change.float()).sum(-1)  # [n, s]: what position s contributes
     # Position s predicts token s + 1, and the first token is predicted by nothing.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attribute._errors import ModelError
 from attribute.batching import Batch
-from attribute.engine import Measure, RowBlock, finite_losses, labelled_tokens
+from attribute.engine import Measure, RowBlock, by_position, finite_losses, labelled_tokens
 from attribute.model import LanguageModel
 from attribute.scoring import _forward_mode
 from attribute.scoring._queries import Queries
-from gradcore import CapturePlan, GradientCollector, Identity, ModuleGradient
+from gradcore import GradientCollector, Identity, ModuleGradient
 
 
 def route_of(queries: Queries) -> str:
@@ -58,7 +58,7 @@ def _by_rows(model: LanguageModel, queries: Queries, collector: GradientCollecto
         norms = rows.norm(dim=1) if queries.config.unit_normalize else None
         return _finished(found, norms, queries)
 
-    return _backward(model, queries.plan, scores)
+    return _backward(model, queries, scores)
 
 
 def _by_factors(model: LanguageModel, queries: Queries, meeting: _Meeting) -> Measure:
@@ -66,22 +66,18 @@ def _by_factors(model: LanguageModel, queries: Queries, meeting: _Meeting) -> Me
         found, squares = meeting.take()
         return _finished(found, None if squares is None else squares.sqrt(), queries)
 
-    return _backward(model, queries.plan, scores)
+    return _backward(model, queries, scores)
 
 
-def _backward(model: LanguageModel, plan: CapturePlan, scores: Callable[[Batch], Tensor]) -> Measure:
+def _backward(model: LanguageModel, queries: Queries, scores: Callable[[Batch], Tensor]) -> Measure:
+    plan, tokens = queries.plan, bool(queries.config.tokens)
+
     def measure(batch: Batch) -> RowBlock:
-        losses = finite_losses(model, batch, plan.reduction)
+        losses = finite_losses(model, batch, plan)
         losses.sum().backward()
         found = scores(batch)
-        n, s = batch.input_ids.shape
-        if len(found) != n:
-            if len(found) != n * s:
-                raise ModelError(
-                    f"some module saw {len(found) // n} positions in rows of {s} tokens: it has no gradient of each "
-                    "token (--modules chooses others)"
-                )
-            found = found.unflatten(0, (n, s))
+        if tokens:
+            found = by_position(found, batch)
         return RowBlock(batch.rows, found, losses.detach(), labelled_tokens(batch))
 
     return measure
@@ -160,7 +156,7 @@ def _by_forward_mode(model: LanguageModel, queries: Queries) -> Measure:
         for start, stop in queries.slices:
             for query in torch.from_numpy(queries.rows(start, stop)).to(batch.input_ids.device):
                 tangents = _forward_mode.directions(model, queries.plan, query)
-                scores, losses = _forward_mode.token_derivatives(model, batch, tangents, queries.plan.reduction)
+                scores, losses = _forward_mode.token_derivatives(model, batch, tangents, queries.plan)
                 found.append(scores)
         stacked = torch.stack(found, dim=-1)
         if queries.config.score == "nearest":

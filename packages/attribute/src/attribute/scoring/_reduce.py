@@ -18,7 +18,7 @@ from attribute.config import IndexConfig
 from attribute.data import Source, TokenFile, open_source
 from attribute.engine import Measure, RowBlock, finite_losses, labelled_tokens, run_windows
 from attribute.index import announce, normalized, records_of, source_of, tokenise
-from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import refuse_finished, remove_run, scratch_beside
@@ -76,7 +76,7 @@ def reduce_gradients(
         raise DataError(f"{source.name} has no column {reduce.group_column!r}, only {', '.join(source.columns)}")
     if model is None:
         tokenizer = tokenizer or load_tokenizer(config.tokenizer or config.model, config.revision)
-        model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+        model = model_of(config)
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     plan = loaded.plan(config)
     announce(loaded, plan, progress)
@@ -182,7 +182,7 @@ def _summing(model: LanguageModel, plan: CapturePlan, sums: _Sums) -> Iterator[M
     held: dict[str, list[ModuleGradient]] = {}
 
     def run(batch: Batch) -> Tensor:
-        losses = finite_losses(model, batch, plan.reduction)
+        losses = finite_losses(model, batch, plan)
         losses.sum().backward()
         return losses.detach()
 

@@ -15,9 +15,9 @@ from attribute._errors import RunError
 from attribute.attributor import record_text, require_same_weights
 from attribute.config import IndexConfig
 from attribute.data import Source, TokenFile, open_source
-from attribute.engine import RowBlock, run_windows
+from attribute.engine import MatrixSink, document_windows, run_windows
 from attribute.index import records_of, source_of, tokenise
-from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.progress import Progress, Quiet
 from attribute.run import is_begun, refuse_finished, remove_run, scratch_beside
 from attribute.scoring._config import ScoreConfig
@@ -110,7 +110,7 @@ def score_dataset(
     source = open_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
     if model is None:
         tokenizer = tokenizer or load_tokenizer(config.tokenizer or config.model, config.revision)
-        model = load_model(config.model, precision=config.precision, device=config.device, revision=config.revision)
+        model = model_of(config)
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     queries = Queries(score, loaded.device, progress)
     _require_same_model(queries, loaded, score.query_path)
@@ -204,62 +204,15 @@ def _run(
     progress: Progress,
 ) -> None:
     of_tokens = bool(queries.config.tokens)
-    windows = [
-        (index, *(_documents(tokens, start, stop) if of_tokens else (start, stop)))
-        for index, start, stop in writer.pending
-    ]
+    windows = document_windows(tokens, writer.pending) if of_tokens else writer.pending
     left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in windows)
     if left < tokens.total:
         progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
-    sink = _TokenSink(writer, tokens) if of_tokens else _RowSink(writer)
+    sink = MatrixSink(writer, tokens.offsets if of_tokens else None)
     progress.start("scores", left, "tokens")
     with torch.enable_grad(), measuring(model, queries) as measure:
         run_windows(model, tokens, windows, [sink], measure, budget=config.token_batch_size, progress=progress)
     progress.stop()
-
-
-def _documents(tokens: TokenFile, start: int, stop: int) -> tuple[int, int]:
-    """The documents with a token among rows ``start`` to ``stop`` of all tokens."""
-    first = int(np.searchsorted(tokens.offsets, start, side="right")) - 1
-    return first, int(np.searchsorted(tokens.offsets, stop, side="left"))
-
-
-class _RowSink:
-    """Gathers the scores of a window (``block.gradients [n, columns]``) and hands them to the writer as one shard."""
-
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
-        self._index = self._start = 0
-        self._scores = np.empty((0, writer.manifest.width), dtype=np.float32)
-
-    def open(self, index: int, start: int, stop: int) -> None:
-        """A new shard, zero until blocks arrive."""
-        self._index = index
-        self._start, end = self._writer.manifest.span(index)
-        self._scores = np.zeros((end - self._start, self._writer.manifest.width), dtype=np.float32)
-
-    def add(self, block: RowBlock) -> None:
-        """Put the block's scores where they belong."""
-        self._scores[block.rows - self._start] = block.gradients.float().cpu().numpy()
-
-    def close(self) -> None:
-        """Write the shard."""
-        self._writer.write(self._index, self._scores)
-
-
-class _TokenSink(_RowSink):
-    """The same for scores of tokens ``[n, s, columns]``: a document may reach into the neighbouring shards."""
-
-    def __init__(self, writer: StoreWriter, tokens: TokenFile) -> None:
-        super().__init__(writer)
-        self._offsets = tokens.offsets
-
-    def add(self, block: RowBlock) -> None:
-        """Put each document's tokens where they belong, as far as they are of this shard."""
-        for document, scores in zip(block.rows, block.gradients.float().cpu().numpy()):
-            first, last = (int(self._offsets[document + each]) - self._start for each in (0, 1))
-            start, stop = max(first, 0), min(last, len(self._scores))
-            self._scores[start:stop] = scores[start - first : stop - first]
 
 
 def _texts(

@@ -10,6 +10,7 @@ import click
 from trace_cli._options import (
     capture_options,
     data_options,
+    loss_options,
     model_options,
     normalizer_options,
     sketch_options,
@@ -22,6 +23,7 @@ from trace_cli._options import (
 @model_options
 @data_options
 @capture_options
+@loss_options
 @normalizer_options
 @stats_option
 @sketch_options
@@ -32,6 +34,7 @@ from trace_cli._options import (
     show_default=True,
     help="Encoding of the stored rows; int4 takes an eighth and ranks next to the same.",
 )
+@click.option("--attribute-tokens", is_flag=True, help="A row a token; those of a document sum to its gradient.")
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")

@@ -9,6 +9,7 @@ import click
 from trace_cli._options import (
     capture_options,
     data_options,
+    loss_options,
     model_options,
     normalizer_options,
     stats_option,
@@ -20,6 +21,7 @@ from trace_cli._options import (
 @model_options
 @data_options
 @capture_options
+@loss_options
 @normalizer_options
 @stats_option
 @click.option(

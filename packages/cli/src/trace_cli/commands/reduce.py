@@ -10,6 +10,7 @@ import click
 from trace_cli._options import (
     capture_options,
     data_options,
+    loss_options,
     model_options,
     normalizer_options,
     sketch_options,
@@ -23,6 +24,7 @@ from trace_cli._options import (
 @data_options
 @capture_options
 @sketch_options
+@loss_options
 @normalizer_options
 @stats_option
 @click.option(

@@ -11,6 +11,7 @@ import click
 from trace_cli._options import (
     capture_options,
     grouped_data_options,
+    loss_options,
     model_options,
     normalizer_options,
     stats_option,
@@ -23,6 +24,7 @@ from trace_cli._options import (
 @grouped_data_options("data", "Training data")
 @grouped_data_options("query", "Queries")
 @capture_options
+@loss_options
 @normalizer_options
 @stats_option
 @click.option(
