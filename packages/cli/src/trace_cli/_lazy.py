@@ -34,6 +34,9 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Like click's own, with close matches for a misspelt command."""
         name = args[0]
+        if name not in self._commands_at and any(each.split("=")[0] in ("--model", "--dataset") for each in args):
+            args = ["build", *args]  # trace RUN_PATH --model … --dataset …, as Bergson once had it
+            name = "build"
         if name not in self._commands_at and (close := get_close_matches(name, self._commands_at)):
             ctx.fail(f"No such command {name!r}. Did you mean {', '.join(close)}?")
         return super().resolve_command(ctx, args)

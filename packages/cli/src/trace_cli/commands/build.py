@@ -16,10 +16,12 @@ from trace_cli._options import (
     sketch_options,
     stats_option,
 )
+from trace_cli._refused import refused_options
 
 
 @click.command("build")
 @click.argument("run_path", type=click.Path(file_okay=True))
+@refused_options
 @model_options
 @data_options
 @capture_options

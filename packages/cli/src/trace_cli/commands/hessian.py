@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from trace_cli._options import capture_options, data_options, model_options
+from trace_cli._refused import refused_options
 
 
 @click.command("hessian")
 @click.argument("run_path", type=click.Path(file_okay=True))
+@refused_options
 @model_options
 @data_options
 @capture_options

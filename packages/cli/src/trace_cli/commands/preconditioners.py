@@ -14,10 +14,12 @@ from trace_cli._options import (
     normalizer_options,
     stats_option,
 )
+from trace_cli._refused import refused_options
 
 
 @click.command("preconditioners")
 @click.argument("run_path", type=click.Path(file_okay=True))
+@refused_options
 @model_options
 @data_options
 @capture_options

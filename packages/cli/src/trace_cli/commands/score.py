@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from trace_cli._options import data_options, model_options
+from trace_cli._refused import refused_options
 
 
 @click.command("score")
 @click.argument("run_path", type=click.Path(file_okay=True))
+@refused_options
 @model_options
 @data_options
 @click.option("--query-path", required=True, help="Query gradients: a run folder of trace reduce or trace build.")

@@ -16,10 +16,12 @@ from trace_cli._options import (
     normalizer_options,
     stats_option,
 )
+from trace_cli._refused import refused_options
 
 
 @click.command("trackstar")
 @click.argument("run_path", type=click.Path(file_okay=True))
+@refused_options
 @model_options
 @grouped_data_options("data", "Training data")
 @grouped_data_options("query", "Queries")
