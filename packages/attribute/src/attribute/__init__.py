@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attribute.index import build_index, collect_gradients
     from attribute.model import LanguageModel
     from attribute.query import Asker
+    from attribute.training import GradientCollectorCallback, prepare_for_gradient_collection
     from gradstore import FaissConfig
 
 _WHERE = {
@@ -26,6 +27,7 @@ _WHERE = {
     "DataConfig": "config",
     "DataError": "_errors",
     "FaissConfig": "attributor",
+    "GradientCollectorCallback": "training",
     "Hit": "attributor",
     "IndexConfig": "config",
     "LanguageModel": "model",
@@ -35,6 +37,7 @@ _WHERE = {
     "build_index": "index",
     "collect_gradients": "index",
     "load_gradient_dataset": "dataset_view",
+    "prepare_for_gradient_collection": "training",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "FaissConfig",
+    "GradientCollectorCallback",
     "Hit",
     "IndexConfig",
     "LanguageModel",
@@ -54,6 +58,7 @@ __all__ = [
     "build_index",
     "collect_gradients",
     "load_gradient_dataset",
+    "prepare_for_gradient_collection",
 ]
 
 

@@ -89,6 +89,8 @@ class GradientCollector:
     term. Inside the context the parameters of the model are frozen (``requires_grad`` is put back on exit), so that no
     weight gradient is computed. Matrices are always [out, in], however the layer stores its weight.
 
+    While :attr:`enabled` is ``False``, forward passes go through unseen.
+
     Args:
         model: any module; the first dimension of every captured input must be the example.
         plan: what to capture.
@@ -122,6 +124,7 @@ class GradientCollector:
         self._closure = closure
         self._factors = factors
         self.per_position = per_position
+        self.enabled = True
         self._freeze = freeze
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
@@ -334,7 +337,7 @@ def _forward_hook(
         return collector._receive(current, name, bound.combine(whole.out, whole.into))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-        if _PAUSED.get():
+        if _PAUSED.get() or not collector.enabled:
             return output
         if not torch.is_grad_enabled():
             raise CaptureError(
