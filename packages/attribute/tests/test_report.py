@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from attribute._errors import DataError, RunError
-from attribute.demo.evaluation import evaluate_rankings
+from attribute.evaluate import evaluate_rankings
 from attribute.report import Detail, Entry, Ranking, Report, ReportQuery, render_report, write_report
 from attribute.report._render import figure, pieces, scale, verdict
 

@@ -15,6 +15,7 @@ from trace_cli._replay import replay
 _COMMANDS = {
     "build": ("trace_cli.commands.build", "Collect the gradient of every training row into an index."),
     "demo": ("trace_cli.commands.demo", "See it work: invented facts, a small model, and the texts that taught it."),
+    "evaluate": ("trace_cli.commands.evaluate", "How good scores are: LDS, recall, mislabels, stability."),
     "hessian": ("trace_cli.commands.hessian", "Fit the Fisher information of every module: K-FAC, EK-FAC and kin."),
     "method": ("trace_cli.commands.method", "Score training rows for queries by any method; method list lists them."),
     "preconditioners": ("trace_cli.commands.preconditioners", "Fit the second moment of sketched gradients."),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from attribute.config import DataConfig, IndexConfig
 from attribute.demo.corpus import DemoCorpus, demo_corpus
-from attribute.demo.evaluation import Quality
 from attribute.demo.model import default_cache, demo_model
 from attribute.demo.showcase import compare, demo_report
+from attribute.evaluate import Quality
 from attribute.index import build_index, source_of
 from attribute.methods import method_named
 from attribute.progress import Progress, Quiet

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribute._errors import DataError
 from attribute.demo.corpus import DemoCorpus, Query
-from attribute.demo.evaluation import Quality, evaluate_rankings, rank
+from attribute.evaluate import Quality, evaluate_rankings, rank
 from attribute.methods.bm25 import BM25
 from attribute.report import Entry, Ranking, Report, ReportQuery
 

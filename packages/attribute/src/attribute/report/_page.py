@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from attribute._errors import DataError
-from attribute.demo.evaluation import Quality
+from attribute.evaluate import Quality
 
 
 @dataclass(frozen=True)

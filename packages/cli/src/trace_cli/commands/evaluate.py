@@ -1,0 +1,270 @@
+"""``trace evaluate``: how good scores are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trace_cli._options import grouped_data_options, model_options
+
+_SCORES = click.option(
+    "--scores",
+    "runs",
+    multiple=True,
+    metavar="[NAME=]RUN",
+    help="A run folder of trace score, method or trackstar (its scores/); repeatable.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+
+
+@click.group("evaluate")
+def command() -> None:
+    """How good scores are: against retrainings, labelled rows, known mislabels, or other seeds."""
+
+
+@command.command()
+@click.argument("truth", type=click.Path(exists=True, file_okay=False))
+@_SCORES
+@click.option(
+    "--method", "methods", multiple=True, help="Also run this method (trace method list); kept in TRUTH/scores."
+)
+@click.option(
+    "--baselines/--no-baselines", default=True, show_default=True, help="BM25, loss, length and random beside."
+)
+@click.option("--modules", multiple=True, metavar="PATTERN", default=("*",), show_default=True, help="For --method.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Also draw the table into this file.")
+@_JSON
+def lds(truth: str, runs: tuple[str, ...], methods: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Linear datamodelling score against the retrainings in TRUTH, with 95 % intervals and the noise ceiling.
+
+    \b
+    trace evaluate lds runs/truth --scores runs/ekfac --method grad-dot --plot lds.png
+    """
+    from attribute.evaluate import GroundTruth, linear_datamodelling_score, noise_ceiling
+
+    found = GroundTruth.open(truth)
+    table: list[dict[str, Any]] = []
+    for name, scores in _all_scores(found, truth, runs, methods, options).items():
+        found.require_shape(scores, name)
+        results = [linear_datamodelling_score(bank, found.base, scores) for bank in found.banks.values()]
+        table.append({"method": name, **{each.bank: vars(each.score) for each in results}})
+    ceilings = {name: noise_ceiling(bank, found.base) for name, bank in found.banks.items()}
+    if all(ceilings.values()):
+        table.append({"method": "noise ceiling", **{n: vars(each.score) for n, each in ceilings.items() if each}})
+    table.sort(key=lambda row: -row[next(iter(found.banks))]["mean"])
+    titles = {name: f"{bank.dropped:.0%} dropped" for name, bank in found.banks.items()}
+    if options["plot"]:
+        from trace_cli._plots import plot_intervals
+
+        plot_intervals(options["plot"], table, titles, "linear datamodelling score")
+    _show(table, titles, as_json)
+
+
+@command.command()
+@click.argument("labels", type=click.Path(exists=True, dir_okay=False))
+@_SCORES
+@click.option(
+    "--k", "ks", multiple=True, type=int, default=(1, 10), show_default=True, help="Where recall is read off."
+)
+@_JSON
+def recall(labels: str, runs: tuple[str, ...], ks: tuple[int, ...], as_json: bool) -> None:
+    """Do the rows in LABELS come first? MRR and recall@k, with 95 % intervals.
+
+    LABELS has a line a query: {"rows": [3, 17]}, in the order of the scores' queries.
+    """
+    from attribute.evaluate import evaluate_rankings, rank
+
+    wanted = _rows_of(labels)
+    table = []
+    for name, scores in _scores(runs).items():
+        if len(scores) != len(wanted):
+            raise click.UsageError(f"{name} has {len(scores)} queries, {labels} has {len(wanted)} lines")
+        quality = evaluate_rankings(name, [rank(each) for each in scores], wanted, ks=ks)
+        recalls = {f"recall@{each.k}": vars(each.share) for each in quality.recall}
+        table.append({"method": name, "MRR": vars(quality.mrr), **recalls})
+    _show(table, {name: name for name in ("MRR", *(f"recall@{k}" for k in ks))}, as_json)
+
+
+@command.command()
+@click.argument("labels", type=click.Path(exists=True, dir_okay=False))
+@_SCORES
+@_JSON
+def mislabels(labels: str, runs: tuple[str, ...], as_json: bool) -> None:
+    """Are rows with wrong labels suspected? Area under the ROC curve of each column of scores.
+
+    LABELS is one line, {"rows": [3, 17]}: the wrong ones. Scores are self-influence or losses (trace method
+    self-influence, trace method loss), a column for all rows.
+    """
+    from attribute.evaluate import mislabel_auc
+
+    (wrong,) = _rows_of(labels)[:1]
+    table = [{"method": name, "AUC": vars(mislabel_auc(scores[0], wrong))} for name, scores in _scores(runs).items()]
+    _show(table, {"AUC": "AUC"}, as_json)
+
+
+@command.command()
+@click.argument("one")
+@click.argument("other")
+@_JSON
+def stability(one: str, other: str, as_json: bool) -> None:
+    """Do two runs rank rows alike? Mean Spearman over the queries of ONE and OTHER."""
+    from attribute.evaluate import score_stability
+
+    first, second = (next(iter(_scores((each,)).values())) for each in (one, other))
+    _show([{"method": f"{one} ~ {other}", "ρ": vars(score_stability(first, second))}], {"ρ": "Spearman"}, as_json)
+
+
+@command.command()
+@click.argument("run_path", type=click.Path(file_okay=False))
+@model_options
+@grouped_data_options("data", "Training data")
+@grouped_data_options("query", "Queries")
+@click.option("--epochs", default=3, show_default=True, help="Of each training.")
+@click.option("--batch-size", default=16, show_default=True, help="Rows a step.")
+@click.option("--learning-rate", default=1e-3, show_default=True, help="Of AdamW, falling to 0.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
+@click.option(
+    "--drop", "drops", multiple=True, type=float, default=(0.5,), show_default=True, help="Share of rows; repeatable."
+)
+@click.option("--subsets", default=20, show_default=True, help="Retrainings for each share.")
+@click.option("--again", is_flag=True, help="Train each subset in another order, too, for the noise ceiling.")
+@click.option("--seed", default=0, show_default=True, help="Of order and subsets.")
+def make(run_path: str, drops: tuple[float, ...], **options: Any) -> None:
+    """Make ground truth into RUN_PATH: train on all rows, then without random shares of them.
+
+    An interrupted run is continued by the same command.
+
+    \b
+    trace evaluate make runs/truth --model start/ --data.dataset train.jsonl --query.dataset questions.jsonl
+    """
+    import tempfile
+
+    from attribute import DataConfig, IndexConfig
+    from attribute.attributor import record_text
+    from attribute.data import open_source
+    from attribute.evaluate import Recipe, make_truth
+    from attribute.index import records_of, tokenise
+    from attribute.model import load_model, load_tokenizer
+    from trace_cli._progress import Bars
+
+    for name in ("model", "data_dataset", "query_dataset"):
+        if not options[name]:
+            raise click.UsageError(f"--{name.replace('_', '.')} is missing")
+
+    def group(prefix: str) -> DataConfig:
+        found = {key: value for key, value in options.items() if key.startswith(f"{prefix}_")}
+        return DataConfig(**{key.removeprefix(f"{prefix}_"): options.pop(key) for key in found})
+
+    sides = {"train": group("data"), "queries": group("query")}
+    recipe = Recipe(
+        **{
+            name: options.pop(name)
+            for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "seed", "subsets", "again")
+        },
+        drops=drops,
+    )
+    config, progress = IndexConfig(**options), Bars()
+    tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
+    model = load_model(config.model, precision="fp32", device=config.device, revision=config.revision)
+    with tempfile.TemporaryDirectory(prefix="trace-truth-") as scratch:
+        tokens, texts = {}, {}
+        for side, data in sides.items():
+            folder = Path(scratch) / side
+            folder.mkdir()
+            source = open_source(data)
+            tokens[side] = tokenise(folder, source, tokenizer, replace(config, data=data), model, progress)
+            texts[side] = [record_text(record) for record in records_of(folder)]
+        truth = make_truth(
+            run_path,
+            model,
+            tokens["train"],
+            tokens["queries"],
+            (texts["train"], texts["queries"]),
+            recipe,
+            tokenizer,
+            progress,
+        )
+    for name, bank in truth.banks.items():
+        click.echo(f"bank {name}: {len(bank.kept)} retrainings, {bank.dropped:.0%} of {truth.rows} rows dropped")
+    click.echo(f"judge methods by it:  trace evaluate lds {run_path} --method ek-fac")
+
+
+def _all_scores(
+    truth: Any, path: str, runs: tuple[str, ...], methods: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    import numpy as np
+
+    from attribute.influence import run_method
+    from gradstore import ScoreStore
+    from trace_cli._progress import Bars
+
+    found = _scores(runs) if runs else {}
+    baselines = ("bm25", "loss", "length") if options["baselines"] else ()
+    for name in dict.fromkeys((*methods, *baselines)):
+        kept = Path(path) / "scores" / name
+        if not (kept / "manifest.json").exists():
+            config, query = _truth_config(path, options)
+            run_method(kept, name, config, query, progress=Bars())
+        found[name] = _matrix(ScoreStore.open(kept))
+    if options["baselines"]:
+        found["random"] = np.random.default_rng(0).normal(size=(len(truth.base), truth.rows))
+    if not found:
+        raise click.UsageError("nothing to judge: --scores RUN or --method NAME")
+    return found
+
+
+def _truth_config(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from attribute import DataConfig, IndexConfig
+
+    train, queries = (DataConfig(dataset=str(Path(path) / f"{side}.jsonl")) for side in ("train", "queries"))
+    everything = tuple(options["modules"]) == ("*",)
+    return IndexConfig(model=path, modules=options["modules"], include_bias=everything, data=train), queries
+
+
+def _scores(runs: tuple[str, ...]) -> dict[str, Any]:
+    from gradstore import ScoreStore
+
+    if not runs:
+        raise click.UsageError("--scores RUN is missing")
+    found = {}
+    for each in runs:
+        name, _, path = each.rpartition("=")
+        folder = Path(path)
+        folder = folder / "scores" if (folder / "scores" / "manifest.json").exists() else folder
+        found[name or path] = _matrix(ScoreStore.open(folder))
+    return found
+
+
+def _matrix(scores: Any) -> Any:
+    """``[queries, rows]``."""
+    return scores.block(0, scores.store.rows).T
+
+
+def _rows_of(path: str) -> list[set[int]]:
+    try:
+        return [set(json.loads(line)["rows"]) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    except (ValueError, KeyError, TypeError) as error:
+        raise click.UsageError(f'{path}: a line is {{"rows": [3, 17]}}, found {error}') from error
+
+
+def _show(table: list[dict[str, Any]], titles: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(table))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False)
+    drawn.add_column("method")
+    for title in titles.values():
+        drawn.add_column(title, justify="right")
+    for row in table:
+        cells = [row[name] for name in titles]
+        drawn.add_row(
+            row["method"], *(f"{c['mean']:.3f} [dim]\\[{c['low']:.3f}, {c['high']:.3f}][/dim]" for c in cells)
+        )
+    Console(highlight=False).print(drawn)
