@@ -91,6 +91,20 @@ def test_tracin_sums_over_checkpoints(study, gradients):
     close(estimator_named("tracin").influence(study), 0.25 * queries @ rows.T + 0.5 * sides[0] @ sides[1].T)
 
 
+def test_less_is_a_sum_of_cosines_with_adam_steps(study):
+    """With a sketch that keeps everything: cosines of g_q and g_i / √v, v the mean squared gradient of the rows."""
+    matrix = replace(study, projection_dim=64, plan=study.plan.restrict(["h.1.mlp.c_fc"]))
+    found = estimator_named("less").influence(matrix)
+    whole = np.zeros((3, 6))
+    for checkpoint in study.checkpoints:
+        plan = replace(matrix.plan, model="")
+        queries, rows = (gradients_of(checkpoint.model, side, plan) for side in (study.queries, study.rows))
+        rows = rows / (np.sqrt((rows**2).mean(0)) + 1e-8)
+        norms = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
+        whole += checkpoint.learning_rate * (queries @ rows.T / norms)
+    assert np.corrcoef(found.ravel(), whole.ravel())[0, 1] > 0.9  # 4,096 random floats of 1,088
+
+
 def test_datainf_is_the_mean_of_dense_inverses(study, gradients):
     """On the modules that are small enough for (g gᵀ + λ)⁻¹ to be written out."""
     plan = study.plan.restrict(["h.0.ln_1", "h.1.attn.c_proj"])

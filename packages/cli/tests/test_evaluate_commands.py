@@ -31,4 +31,4 @@ def test_ground_truth_is_made_and_methods_judged(trace, models, dataset, tmp_pat
     wrong.write_text(json.dumps({"rows": [1, 2, 3]}) + "\n")
     assert 0 <= trace("evaluate", "mislabels", wrong, *scores, "--json").json[0]["AUC"]["mean"] <= 1
     assert trace("evaluate", "recall", wrong, *scores).code == 2  # one line for two queries
-    assert trace("evaluate", "lds", tmp_path / "truth", "--no-baselines").code == 2
+    assert trace("evaluate", "lds", tmp_path / "truth", "--no-baselines").code == 1

@@ -108,6 +108,7 @@ def run_method(
                 solver_rows=solver_rows,
                 solver_steps=solver_steps,
                 projection_dim=config.projection_dim or 16,
+                normalizer=config.normalizer,
                 budget=config.token_batch_size,
                 progress=progress,
             )

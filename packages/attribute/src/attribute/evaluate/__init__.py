@@ -1,8 +1,10 @@
 """How good scores are: against retrained models, labelled rows, known mislabels, or other seeds."""
 
 from attribute.evaluate._bank import Recipe, make_truth
+from attribute.evaluate._compare import compare_methods, scores_of
 from attribute.evaluate._lds import LdsResult, linear_datamodelling_score, noise_ceiling
 from attribute.evaluate._mislabels import mislabel_auc
+from attribute.evaluate._plot import plot_intervals
 from attribute.evaluate._ranks import column_spearman, ranks
 from attribute.evaluate._retrieval import (
     Estimate,
@@ -27,16 +29,19 @@ __all__ = [
     "Recall",
     "Recipe",
     "bootstrap",
+    "compare_methods",
     "evaluate_rankings",
     "linear_datamodelling_score",
     "make_truth",
     "column_spearman",
     "mislabel_auc",
     "noise_ceiling",
+    "plot_intervals",
     "rank",
     "ranks",
     "recall_at",
     "reciprocal_rank",
     "score_stability",
+    "scores_of",
     "tail_patch",
 ]

@@ -18,6 +18,7 @@ from attribute.curvature._gram import GramSums
 from attribute.data import TokenFile
 from attribute.engine import RowBlock, evaluating, gradients_of, run_pass
 from attribute.model import LanguageModel
+from attribute.normalizing import fit_normalizer
 from attribute.progress import Progress, Quiet
 from gradcore import IGNORE, CapturePlan, Identity, TwoSided
 
@@ -48,6 +49,7 @@ class Study:
         damping: relative to each module's mean eigenvalue.
         labels, seed: of the Fisher, as for :func:`fit_kronecker`.
         projection_dim: side of the sketch of the methods that need one.
+        normalizer: of sketched gradients: ``adam``, ``adafactor`` or ``shampoo``, fitted to the rows; none by default.
         components: TrackStar's task directions, 0 in proportion.
         solver_rows, solver_steps: rows of the Gauss-Newton matrix and iterations, of the methods that solve with it.
         budget: padded tokens a batch.
@@ -66,6 +68,7 @@ class Study:
     seed: int = 0
     projection_dim: int = 16
     components: int = 0
+    normalizer: str = ""
     solver_rows: int = 64
     solver_steps: int = 10
     budget: int = 4096
@@ -83,8 +86,12 @@ class Study:
 
     @cached_property
     def sketched(self) -> CapturePlan:
-        """The plan under a two-sided sketch."""
-        return replace(self.plan, sketch=TwoSided(self.projection_dim, seed=self.seed))
+        """The plan under a two-sided sketch, and under the normaliser that was asked for."""
+        sketch = TwoSided(self.projection_dim, seed=self.seed)
+        normalizer = None
+        if self.normalizer:
+            normalizer = fit_normalizer(self.model, self.rows, self.plan, self.normalizer, budget=self.budget)
+        return replace(self.plan, sketch=sketch, normalizer=normalizer)
 
     @cached_property
     def sketches(self) -> tuple[np.ndarray, np.ndarray]:

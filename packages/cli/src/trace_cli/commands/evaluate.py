@@ -44,22 +44,13 @@ def lds(truth: str, runs: tuple[str, ...], methods: tuple[str, ...], as_json: bo
     \b
     trace evaluate lds runs/truth --scores runs/ekfac --method grad-dot --plot lds.png
     """
-    from attribute.evaluate import GroundTruth, linear_datamodelling_score, noise_ceiling
+    from attribute.evaluate import compare_methods, plot_intervals
+    from trace_cli._progress import Bars
 
-    found = GroundTruth.open(truth)
-    table: list[dict[str, Any]] = []
-    for name, scores in _all_scores(found, truth, runs, methods, options).items():
-        found.require_shape(scores, name)
-        results = [linear_datamodelling_score(bank, found.base, scores) for bank in found.banks.values()]
-        table.append({"method": name, **{each.bank: vars(each.score) for each in results}})
-    ceilings = {name: noise_ceiling(bank, found.base) for name, bank in found.banks.items()}
-    if all(ceilings.values()):
-        table.append({"method": "noise ceiling", **{n: vars(each.score) for n, each in ceilings.items() if each}})
-    table.sort(key=lambda row: -row[next(iter(found.banks))]["mean"])
-    titles = {name: f"{bank.dropped:.0%} dropped" for name, bank in found.banks.items()}
+    table, titles = compare_methods(
+        truth, named(runs), methods, baselines=options["baselines"], modules=options["modules"], progress=Bars()
+    )
     if options["plot"]:
-        from trace_cli._plots import plot_intervals
-
         plot_intervals(options["plot"], table, titles, "linear datamodelling score")
     _show(table, titles, as_json)
 
@@ -193,55 +184,21 @@ def make(run_path: str, drops: tuple[float, ...], **options: Any) -> None:
     click.echo(f"judge methods by it:  trace evaluate lds {run_path} --method ek-fac")
 
 
-def _all_scores(
-    truth: Any, path: str, runs: tuple[str, ...], methods: tuple[str, ...], options: dict[str, Any]
-) -> dict[str, Any]:
-    import numpy as np
-
-    from attribute.influence import run_method
-    from gradstore import ScoreStore
-    from trace_cli._progress import Bars
-
-    found = _scores(runs) if runs else {}
-    baselines = ("bm25", "loss", "length") if options["baselines"] else ()
-    for name in dict.fromkeys((*methods, *baselines)):
-        kept = Path(path) / "scores" / name
-        if not (kept / "manifest.json").exists():
-            config, query = _truth_config(path, options)
-            run_method(kept, name, config, query, progress=Bars())
-        found[name] = _matrix(ScoreStore.open(kept))
-    if options["baselines"]:
-        found["random"] = np.random.default_rng(0).normal(size=(len(truth.base), truth.rows))
-    if not found:
-        raise click.UsageError("nothing to judge: --scores RUN or --method NAME")
-    return found
-
-
-def _truth_config(path: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    from attribute import DataConfig, IndexConfig
-
-    train, queries = (DataConfig(dataset=str(Path(path) / f"{side}.jsonl")) for side in ("train", "queries"))
-    everything = tuple(options["modules"]) == ("*",)
-    return IndexConfig(model=path, modules=options["modules"], include_bias=everything, data=train), queries
-
-
-def _scores(runs: tuple[str, ...]) -> dict[str, Any]:
-    from gradstore import ScoreStore
-
-    if not runs:
-        raise click.UsageError("--scores RUN is missing")
+def named(runs: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=RUN`` and ``RUN`` as name → folder."""
     found = {}
     for each in runs:
         name, _, path = each.rpartition("=")
-        folder = Path(path)
-        folder = folder / "scores" if (folder / "scores" / "manifest.json").exists() else folder
-        found[name or path] = _matrix(ScoreStore.open(folder))
+        found[name or path] = path
     return found
 
 
-def _matrix(scores: Any) -> Any:
-    """``[queries, rows]``."""
-    return scores.block(0, scores.store.rows).T
+def _scores(runs: tuple[str, ...]) -> dict[str, Any]:
+    from attribute.evaluate import scores_of
+
+    if not runs:
+        raise click.UsageError("--scores RUN is missing")
+    return {name: scores_of(path) for name, path in named(runs).items()}
 
 
 def _rows_of(path: str) -> list[set[int]]:

@@ -18,11 +18,18 @@ from trace_cli._options import capture_options, grouped_data_options, model_opti
 @grouped_data_options("query", "Queries")
 @capture_options
 @click.option(
+    "--normalizer",
+    type=click.Choice(["none", "adafactor", "adam", "shampoo"]),
+    default="none",
+    show_default=True,
+    help="Scale sketched gradients (trackstar, preconditioned-if) as this optimiser would.",
+)
+@click.option(
     "--checkpoint",
     "checkpoints",
     multiple=True,
     metavar="MODEL=RATE",
-    help="A model of the training and the learning rate around it, for tracin and trak; repeatable.",
+    help="A model of the training and the learning rate around it, for tracin, less and trak; repeatable.",
 )
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
 @click.option("--use-dataset-labels", is_flag=True, help="Empirical Fisher: the dataset's labels instead of sampled.")
@@ -49,6 +56,7 @@ def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[s
         raise click.UsageError("the folder for the scores is missing: trace method NAME RUN_PATH …")
     from attribute import DataConfig, IndexConfig
     from attribute.influence import run_method
+    from trace_cli._config import normalizer_fields
     from trace_cli._progress import Bars
     from trace_cli._replay import save_config
     from trace_cli._tables import print_hits
@@ -59,6 +67,7 @@ def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[s
 
     data, query = group("data"), group("query")
     own = {key: options.pop(key) for key in ("damping", "seed", "solver_rows", "solver_steps", "top_k")}
+    normalizer_fields(options)
     labels = "dataset" if options.pop("use_dataset_labels") else "sampled"
     found = run_method(
         run_path,
