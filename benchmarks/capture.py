@@ -3,7 +3,8 @@
 (a) transformers' own forward and backward with weight gradients and whole logits,
 (b) the floor: frozen weights, graph rooted at the embedding output, fused loss head, nothing captured,
 (c) capture: the same with every linear layer under a sketch, as `trace build` has it: two-sided, tensor, and spectral
-    (fitted beforehand); and once with every layer that can be captured.
+    (fitted beforehand, with and without a sketch of the rest); under normalisers; and once with every layer that can be
+    captured.
 
     uv run python benchmarks/capture.py
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 
 from _setup import articles, assets, interleaved, pythia_14m
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--budget", type=int, default=4096, help="padded tokens a batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", action="store_true", help="also a row a token")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
@@ -36,10 +39,12 @@ def main() -> None:
         MATRICES,
         CapturePlan,
         GradientCollector,
+        Normalizer,
         TensorSketch,
         TwoSided,
         fit_spectral,
         per_example_loss,
+        with_residual,
     )
 
     if options.threads:
@@ -68,6 +73,12 @@ def main() -> None:
     for floats in (256, 1024):
         plans[f"tensor {floats}"] = CapturePlan(plan.modules, TensorSketch(floats))
         plans[f"spectral {floats}"] = fit_spectral(base, plan, sample, floats=floats)
+    shared = fit_spectral(base, plan, sample, floats=256, total=256 * len(plan.modules))
+    plans["spectral 256 and the rest"] = with_residual(shared)
+    for kind in ("adam", "adafactor"):
+        moments = {each.path: torch.rand(each.out_features, each.in_features) + 0.1 for each in plan.modules}
+        normalizer = Normalizer.of_moments(kind, moments)
+        plans[f"two-sided {options.side**2}, {kind}"] = replace(plan, normalizer=normalizer)
 
     def plain() -> None:
         for inputs, labels in batches:
@@ -83,14 +94,17 @@ def main() -> None:
             per_example_loss(hidden, head.weight, labels).sum().backward()
         model.requires_grad_(True)
 
-    def capture(plan: CapturePlan) -> None:
-        with GradientCollector(base, plan) as collector:
+    def capture(plan: CapturePlan, *, per_position: bool = False) -> None:
+        with GradientCollector(base, plan, per_position=per_position) as collector:
             for inputs, labels in batches:
                 hidden = base(inputs, use_cache=False)[0]
                 per_example_loss(hidden, head.weight, labels).sum().backward()
                 collector.take()
 
     captures = {name: partial(capture, plan) for name, plan in plans.items()}
+    if options.tokens:
+        captures["a row a token"] = partial(capture, plan, per_position=True)
+        plans["a row a token"] = plan
     seconds = interleaved({"plain": plain, "floor": floor, **captures}, options.repeats)
     rates = {name: round(float(lengths.sum()) / each) for name, each in seconds.items()}
     result = {

@@ -52,3 +52,15 @@ def test_another_output_embedding_is_refused(make_model, tokenizer, documents, t
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(RunError, match="another output embedding"):
         Asker.open(tmp_path / "run", model=str(tmp_path / "other"))
+
+
+def test_heads_are_split_by_a_pattern_alone(make_model, tokenizer, documents, tmp_path):
+    """What ``--split-attention-modules`` does, with the heads read off the model's configuration."""
+    model, records = make_model("llama"), [{"text": text} for text in documents[:4]]
+    config = IndexConfig(projection_dim=0, split_attention_modules=("*.o_proj",))
+    store = collect_gradients(model, records, tmp_path / "run", tokenizer=tokenizer, config=config)
+    heads = model.config.num_attention_heads
+    assert [name for name in store.columns if "layers.0.self_attn.o_proj" in name] == [
+        f"layers.0.self_attn.o_proj.head_{head}" for head in range(heads)
+    ]
+    assert "layers.0.self_attn.q_proj" in store.columns

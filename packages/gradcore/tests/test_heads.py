@@ -7,7 +7,7 @@ import torch
 from gradcore_models import Conv1D
 from torch import nn
 
-from gradcore import AttentionConfig, CaptureError, CapturePlan, GradientCollector, TwoSided, coverage
+from gradcore import AttentionConfig, CaptureError, CapturePlan, GradientCollector, TwoSided, attention_heads, coverage
 
 
 @pytest.fixture(params=[nn.Linear, lambda i, o: Conv1D(o, i)], ids=["linear", "hf_conv1d"])
@@ -77,3 +77,35 @@ def test_a_plan_of_heads_refuses_another_model(layers):
     other = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
     with pytest.raises(CaptureError, match=r"0 is \[8, 5\]"), GradientCollector(other, plan):
         pass
+
+
+def test_grouped_query_heads_are_read_off_the_configuration_and_join_to_the_whole():
+    """Llama with 4 query heads on 2 key-value heads; GPT-2's and GPT-NeoX's fused matrices."""
+    hf = pytest.importorskip("transformers")
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    models = {
+        "llama": hf.LlamaModel(hf.LlamaConfig(**small, num_attention_heads=4, num_key_value_heads=2)),
+        "gpt2": hf.GPT2Model(hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=4, n_positions=32)),
+        "neox": hf.GPTNeoXModel(hf.GPTNeoXConfig(**small, num_attention_heads=4, max_position_embeddings=32)),
+    }
+    counts = {"llama": {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}, "gpt2": {"c_attn": 12, "c_proj": 4}}
+    counts["neox"] = {"query_key_value": 4, "dense": 4}
+    ids = torch.arange(12).view(2, 6)
+    for kind, model in models.items():
+        model.eval()
+        heads = attention_heads(model)
+        assert {path.rpartition(".")[2]: each.num_heads for path, each in heads.items()} == counts[kind], kind
+        gradients = []
+        for attention in ({}, heads):
+            plan = CapturePlan.for_model(model, list(heads), attention=attention)
+            with GradientCollector(model, plan) as collector:
+                model(input_ids=ids, use_cache=False)[0].square().sum().backward()
+            gradients.append(collector.gradients)
+        whole, split = gradients
+        for path, each in heads.items():
+            parts = [split[f"{path}.head_{head}"] for head in range(each.num_heads)]
+            torch.testing.assert_close(torch.cat(parts, dim=1 if each.side == "out" else 2), whole[path])
+
+
+def test_a_model_without_a_configuration_has_no_known_heads():
+    assert attention_heads(torch.nn.Sequential(torch.nn.Linear(4, 4))) == {}

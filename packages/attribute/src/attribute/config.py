@@ -22,6 +22,7 @@ from gradcore import (
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
+_PATTERNS = ("modules", "exclude", "split_attention_modules")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
 
 
@@ -90,6 +91,7 @@ class IndexConfig:
         modules: glob or ``re:`` patterns of the modules to capture, relative to the base model. By default every linear
             layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
+        split_attention_modules: patterns of attention matrices whose heads become columns of their own.
         include_bias: capture biases too, as one more input that is always 1.
         sketch_kind: what is kept of a gradient (``docs/sketches.md``). By default ``spectral``, in a basis fitted to a
             sample of the rows, or ``two-sided`` where ``projection_dim`` is given.
@@ -122,6 +124,7 @@ class IndexConfig:
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     include_bias: bool = False
+    split_attention_modules: tuple[str, ...] = ()
     sketch_kind: str = ""
     sketch_floats: int = 256
     projection_dim: int | None = None
@@ -196,7 +199,7 @@ class IndexConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form that :meth:`from_dict` reads back."""
         saved = asdict(self)
-        return {**saved, "modules": list(self.modules), "exclude": list(self.exclude)}
+        return {**saved, **{name: list(saved[name]) for name in _PATTERNS}}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> IndexConfig:
@@ -206,8 +209,7 @@ class IndexConfig:
             raise AttributionError(f"unknown settings in the saved configuration: {', '.join(sorted(unknown))}")
         values = dict(saved)
         values["data"] = DataConfig(**values.get("data", {}))
-        values["modules"] = tuple(values.get("modules", ()))
-        values["exclude"] = tuple(values.get("exclude", ()))
+        values |= {name: tuple(values.get(name, ())) for name in _PATTERNS}
         return cls(**values)
 
 

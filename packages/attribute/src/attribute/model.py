@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,11 @@ from gradcore import (
     AttentionConfig,
     CapturePlan,
     Loss,
+    attention_heads,
     model_fingerprint,
     not_collecting,
     per_example_loss,
+    select_modules,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +90,16 @@ class LanguageModel:
         """Fingerprint of the output embedding, which shapes every gradient below it."""
         return model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
 
+    def _heads(self, patterns: Sequence[str]) -> dict[str, AttentionConfig]:
+        if not patterns:
+            return {}
+        known = attention_heads(self.base)
+        if not known:
+            raise ModelError(
+                f"{self.name or 'the model'} does not say how its heads lie: collect_gradients(attention_cfgs=…) does"
+            )
+        return {path: known[path] for path in select_modules(known, patterns)}
+
     def losses(self, input_ids: Tensor, labels: Tensor, reduction: str = "sum", loss: str = "ce") -> Tensor:
         """Loss of each row ``[n]`` in nats, in float32; ``[n, s]`` ids and labels; the losses are :class:`Loss`'s."""
         kind = Loss.named(loss)
@@ -111,7 +123,12 @@ class LanguageModel:
             return other.base(input_ids=input_ids, use_cache=False)[0], head.weight, head.bias
 
     def plan(self, config: IndexConfig, attention: Mapping[str, AttentionConfig] | None = None) -> CapturePlan:
-        """What the configuration captures of this model, with the heads of ``attention`` one by one."""
+        """What the configuration captures of this model, with the heads of ``attention`` one by one.
+
+        Raises:
+            ModelError: heads are asked for that the model's configuration does not tell.
+        """
+        attention = {**self._heads(config.split_attention_modules), **(attention or {})}
         return CapturePlan.for_model(
             self.base,
             config.modules or None,

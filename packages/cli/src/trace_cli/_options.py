@@ -69,6 +69,12 @@ capture_options = _stack(
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules to leave out; repeatable."),
     click.option("--include-bias", is_flag=True, help="Capture biases too."),
     click.option(
+        "--split-attention-modules",
+        multiple=True,
+        metavar="PATTERN",
+        help="Attention matrices whose heads become columns of their own, module.head_0 …; repeatable.",
+    ),
+    click.option(
         "--projection-dim",
         type=int,
         default=None,

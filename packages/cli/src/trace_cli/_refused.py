@@ -26,7 +26,6 @@ REASONS = {
     "reshape-to-square": "a two-sided sketch keeps inner products whatever the shape of a matrix",
     "skip-index": "trace preconditioners fits statistics without an index",
     "skip-preconditioners": "nothing is preconditioned here: trace preconditioners and trace hessian fit a curvature",
-    "split-attention-modules": "heads are split from Python: collect_gradients(attention_cfgs={…: AttentionConfig(…)})",
     "stream-shard-size": "datasets are read in a stream always, and --rows-per-shard sizes what is written",
     "use-tf32-matmuls": "TF32 would cost more digits than sketches do: --precision bf16 is the faster choice",
 }

@@ -1,6 +1,7 @@
 """Per-example gradients of any torch model, by hooks, at the cost of a forward and an activation-backward pass."""
 
 from gradcore._addressing import select_modules
+from gradcore._attention import attention_heads
 from gradcore._collector import GradientCollector, not_collecting
 from gradcore._coverage import Coverage, coverage
 from gradcore._errors import CaptureError, GradCoreError, PlanMismatch, SelectionError
@@ -50,6 +51,7 @@ __all__ = [
     "SpectralBasis",
     "TensorSketch",
     "TwoSided",
+    "attention_heads",
     "coverage",
     "fidelity",
     "fit_spectral",
