@@ -276,6 +276,8 @@ def test_bad_input_is_refused(world, tmp_path, folders):
         scored(tmp_path, replace(config, projection_dim=7), query_path=query)
     with pytest.raises(AttributionError, match="spectral basis belongs"):
         reduce_gradients(tmp_path / "x", ReduceConfig(), replace(asked, projection_dim=None, sketch_kind="spectral"))
+    with pytest.raises(RunError, match="trace reduce or trace build makes queries"):
+        scored(tmp_path, config, query_path=str(tmp_path / "nowhere"))
     build_index(tmp_path / "sketched", replace(asked, projection_dim=3))
     with pytest.raises(AttributionError, match="whole gradients"):
         scored(tmp_path, config, query_path=str(tmp_path / "sketched"), query_rank=2)

@@ -140,6 +140,8 @@ def score_dataset(
 
 def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
     """The configuration the queries were made with, over this run's model, data and batching."""
+    if not Path(path).is_dir():
+        raise RunError(f"there is no folder {path!r}: trace reduce or trace build makes queries")
     saved = GradientStore.open(path).meta
     if not isinstance(saved, dict) or "config" not in saved:
         raise RunError(f"{path} holds no queries: they come from trace reduce or trace build")

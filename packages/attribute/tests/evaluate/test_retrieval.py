@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attribute._errors import DataError
-from attribute.demo.evaluation import bootstrap, evaluate_rankings, rank, recall_at, reciprocal_rank
+from attribute.evaluate import bootstrap, evaluate_rankings, rank, recall_at, reciprocal_rank
 
 
 @pytest.mark.parametrize(
