@@ -138,13 +138,13 @@ def _whole_modules(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan,
         if each.head is not None:
             modules.setdefault(each.path, ModulePlan.of(each.path, model.base.get_submodule(each.path), False))
         else:
-            modules[each.path] = each
+            modules[each.matrix] = each
     return tuple(modules.values())
 
 
 def _needed(moments: dict[str, Tensor], plan: CapturePlan) -> dict[str, Tensor]:
     """The planned modules' moments; without the bias's column where biases are not captured."""
-    missing = sorted({each.path for each in plan.modules} - set(moments))
+    missing = sorted({each.matrix for each in plan.modules} - set(moments))
     if missing:
         raise RunError(
             f"the optimiser has no second moments of {len(missing)} captured modules, such as {missing[0]}: it did not "

@@ -7,22 +7,25 @@ never formed by autograd, and the graph begins at the first captured module: 2P 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradcore._errors import CaptureError
+from gradcore._experts import Grouped, OnProduct, watch
 from gradcore._factors import Factor, OneHot
 from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import ModulePlan
 from gradcore._plan import CapturePlan
 from gradcore.layers import Layer, layer_for
+from gradcore.layers.experts import is_transposed, matrices
 from gradcore.normalizers import BoundNormalizer
 from gradcore.sketches import BoundSketch
 
@@ -130,19 +133,23 @@ class GradientCollector:
         self._frozen: list[nn.Parameter] = []
         self._passes: list[_Pass] = []
         self._spare: Tensor | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._batch = (0, 0)
 
     def __enter__(self) -> GradientCollector:
         modules = dict(self.model.named_modules())
         for planned in self.plan.modules:
             module = modules.get(planned.path)
             layer = layer_for(module) if module is not None else None
-            if module is None or layer is None:
+            if module is None or layer is None or (layer.kind == "experts") != (planned.expert is not None):
                 raise CaptureError(f"the model has no module {planned.path!r} that can be captured, the plan does")
-            _require_shape(layer.shape(module, planned.bias), planned)
+            found = _expert_shape(module, planned) if planned.expert else layer.shape(module, planned.bias)
+            _require_shape(found, planned)
         if self._freeze:
             self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
+        experts: dict[str, dict[tuple[str, int], _Unit]] = {}
         for planned in self.plan.modules:
             module = modules[planned.path]
             device = _device(module)
@@ -152,9 +159,22 @@ class GradientCollector:
             layer = layer_for(module)
             assert layer is not None
             normalizer = None if self.plan.normalizer is None else self.plan.normalizer.bind(planned, device)
-            hook = _forward_hook(self, planned, layer, bound, normalizer)
+            unit = _unit(self, planned, layer, bound, normalizer)
+            if planned.expert is not None:
+                experts.setdefault(planned.path, {})[planned.expert.parameter, planned.expert.index] = unit
+                continue
+            hook = _forward_hook(self, planned, layer, unit)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if experts:
+            self._handles.append(self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True))
+        for path, units in experts.items():
+            self._undo.append(watch(modules[path], _expert_hook(self, units)))
         return self
+
+    def _count_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Experts see tokens without their examples: how many there are the model's own input says."""
+        first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        self._batch = (0, 0) if first is None or first.dim() < 2 else (first.shape[0], first.shape[1])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,6 +182,9 @@ class GradientCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
@@ -289,13 +312,21 @@ def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor:
     return factor[..., head.start : head.stop]
 
 
-def _forward_hook(
+@dataclass(frozen=True)
+class _Unit:
+    """What is done with the factors of one planned matrix: ``prepare`` in the forward pass, ``deliver`` after."""
+
+    prepare: Callable[[Factor], Factor]
+    deliver: Callable[[_Pass, Factor, Tensor], None]
+
+
+def _unit(
     collector: GradientCollector,
     planned: ModulePlan,
     layer: Layer,
     bound: BoundSketch,
     normalizer: BoundNormalizer | None,
-) -> Callable[..., Tensor]:
+) -> _Unit:
     name = planned.name
     # What a normaliser multiplies entry by entry, or by the row of a table, has to be known before it is projected.
     early = normalizer is None or (normalizer.factored and layer.forward_side == "in")
@@ -336,6 +367,19 @@ def _forward_hook(
         assert whole.into is not None
         return collector._receive(current, name, bound.combine(whole.out, whole.into))
 
+    def prepare(factor: Factor) -> Factor:
+        if layer.elementwise or not early:
+            return factor
+        return keep(scaled(factor, layer.forward_side))
+
+    return _Unit(prepare, deliver)
+
+
+def _forward_hook(
+    collector: GradientCollector, planned: ModulePlan, layer: Layer, unit: _Unit
+) -> Callable[..., Tensor]:
+    name = planned.name
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         if _PAUSED.get() or not collector.enabled:
             return output
@@ -351,11 +395,7 @@ def _forward_hook(
             output = output.expand(current.examples, *output.shape[1:])
             given = given.expand(current.examples, *given.shape[1:])
         factor = _part(layer.forward(module, given, planned.bias), planned, layer.forward_side)
-        if layer.elementwise:
-            kept = factor
-        else:
-            kept = scaled(factor, layer.forward_side)
-            kept = keep(kept) if early else kept
+        kept = unit.prepare(factor)
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
         watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
         version = given._version
@@ -363,7 +403,7 @@ def _forward_hook(
         def receive(gradient: Tensor) -> None:
             if watched is not None and watched._version != version:
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
-            deliver(current, kept, _part(layer.backward(module, gradient), planned, layer.backward_side))
+            unit.deliver(current, kept, _part(layer.backward(module, gradient), planned, layer.backward_side))
 
         if not output.requires_grad:
             # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.
@@ -372,6 +412,38 @@ def _forward_hook(
         return output
 
     return hook
+
+
+def _expert_hook(collector: GradientCollector, units: Mapping[tuple[str, int], _Unit]) -> OnProduct:
+    def seen(parameter: str, expert: int, tokens: Tensor, given: Tensor, output: Tensor) -> Tensor:
+        unit = units.get((parameter, expert))
+        if unit is None or _PAUSED.get() or not collector.enabled:
+            return output
+        if not torch.is_grad_enabled():
+            raise CaptureError("experts ran with gradients switched off: leave torch.no_grad() around the forward pass")
+        examples, positions = collector._batch
+        if not examples or int(tokens.max()) >= examples * positions:
+            raise CaptureError(
+                "experts saw tokens of no example: the model's first input must be [examples, positions]"
+            )
+        current = collector._pass_for_forward(examples)
+        grouped = Grouped.of(tokens, examples, positions, all_positions=collector.per_position)
+        kept = unit.prepare(grouped.spread(given.detach()))
+        if not output.requires_grad:
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(lambda gradient: unit.deliver(current, kept, grouped.spread(gradient)))
+        return output
+
+    return seen
+
+
+def _expert_shape(module: nn.Module, planned: ModulePlan) -> tuple[int, int]:
+    assert planned.expert is not None
+    weights = matrices(module).get(planned.expert.parameter)
+    if weights is None or planned.expert.index >= len(weights):
+        raise CaptureError(f"the model has no {planned.name}, the plan does")
+    out_features, in_features = weights.shape[1:]
+    return (in_features, out_features) if is_transposed(module) else (out_features, in_features)
 
 
 def _sketched_vectors(gradient: ModuleGradient, bound: BoundSketch) -> ModuleGradient:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from gradcore._errors import CaptureError
 from gradcore.layers import layer_for
+from gradcore.layers.experts import is_transposed, matrices
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class HeadSlice:
 
 
 @dataclass(frozen=True)
+class ExpertSlice:
+    """Expert ``index`` of one parameter of a mixture."""
+
+    module: str
+    parameter: str
+    index: int
+
+
+@dataclass(frozen=True)
 class ModulePlan:
     """One captured module: its dotted name, layer kind and gradient shape [out, in].
 
@@ -59,6 +69,7 @@ class ModulePlan:
         bias: whether the bias is captured as one more input that is always 1.
         elementwise: whether this is a vector layer, whose gradient has no low-rank form.
         head: the part of a module that is captured under this name, or ``None`` for all of it.
+        expert: which matrix of a mixture's experts, or ``None``.
     """
 
     name: str
@@ -68,11 +79,25 @@ class ModulePlan:
     bias: bool = False
     elementwise: bool = False
     head: HeadSlice | None = None
+    expert: ExpertSlice | None = None
 
     @property
     def path(self) -> str:
         """Where the module is in the model."""
-        return self.name if self.head is None else self.head.module
+        part = self.head or self.expert
+        return self.name if part is None else part.module
+
+    @property
+    def matrix(self) -> str:
+        """The matrix this is of, or a part of: an expert's own name, or the module's."""
+        return self.name if self.expert is not None else self.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form that :meth:`from_dict` reads back."""
+        saved = asdict(self)
+        if self.expert is None:  # plans from before there were experts keep their digest
+            del saved["expert"]
+        return saved
 
     @classmethod
     def of(cls, name: str, module: nn.Module, include_bias: bool) -> ModulePlan:
@@ -85,10 +110,33 @@ class ModulePlan:
         return cls(name, layer.kind, out_features, in_features, bias, layer.elementwise)
 
     @classmethod
+    def experts(cls, name: str, module: nn.Module) -> list[ModulePlan]:
+        """One plan for each matrix of each expert, named ``module.gate_up_proj.expert_0`` and so on."""
+        found = []
+        for parameter, weights in matrices(module).items():
+            count, out_features, in_features = weights.shape
+            if is_transposed(module):
+                out_features, in_features = in_features, out_features
+            found += [
+                cls(
+                    f"{name}.{parameter}.expert_{index}",
+                    "experts",
+                    out_features,
+                    in_features,
+                    expert=ExpertSlice(name, parameter, index),
+                )
+                for index in range(count)
+            ]
+        return found
+
+    @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ModulePlan:
         """The plan saved by ``dataclasses.asdict``."""
-        whole = cls(**{name: value for name, value in saved.items() if name != "head"})
-        return whole if saved["head"] is None else replace(whole, head=HeadSlice(**saved["head"]))
+        parts = ("head", "expert")
+        whole = cls(**{name: value for name, value in saved.items() if name not in parts})
+        if saved["head"] is not None:
+            whole = replace(whole, head=HeadSlice(**saved["head"]))
+        return whole if saved.get("expert") is None else replace(whole, expert=ExpertSlice(**saved["expert"]))
 
     def heads(self, config: AttentionConfig) -> list[ModulePlan]:
         """One plan a head, named ``module.head_0`` and so on.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from gradcore.sketches import Identity, Sketch, sketch_from_dict
 
 REDUCTIONS = ("sum", "mean")
 GLOBAL = "global"
-MATRICES = ("linear", "hf_conv1d")
+MATRICES = ("linear", "hf_conv1d", "experts")
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,16 @@ class CapturePlan:
             return layer is not None and (kinds is None or layer.kind in kinds)
 
         names = select_modules(model, modules, exclude=exclude, where=wanted)
-        whole = {name: ModulePlan.of(name, model.get_submodule(name), include_bias) for name in names}
-        split = {name: [plan] for name, plan in whole.items()}
+        mixtures = {name for name in names if _kind(model.get_submodule(name)) == "experts"}
+        whole = {
+            name: ModulePlan.of(name, model.get_submodule(name), include_bias) for name in names if name not in mixtures
+        }
+        split = {
+            name: ModulePlan.experts(name, model.get_submodule(name)) if name in mixtures else [whole[name]]
+            for name in names
+        }
         for pattern, config in (attention or {}).items():
-            for name in select_modules(names, pattern):
+            for name in select_modules(whole, pattern):
                 split[name] = whole[name].heads(config)
         return cls(
             modules=tuple(part for parts in split.values() for part in parts),
@@ -148,7 +154,7 @@ class CapturePlan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form that :meth:`from_dict` reads back."""
         return {
-            "modules": [asdict(module) for module in self.modules],
+            "modules": [module.to_dict() for module in self.modules],
             "sketch": self.sketch.to_dict(),
             "loss": self.loss,
             "reduction": self.reduction,
@@ -200,6 +206,11 @@ _REMEDIES = {
     "loss": "use the same --loss-fn on both sides",
     "reduction": "use the same --loss-reduction on both sides",
 }
+
+
+def _kind(module: nn.Module) -> str:
+    layer = layer_for(module)
+    return "" if layer is None else layer.kind
 
 
 def _difference(mine: tuple[ModulePlan, ...], theirs: tuple[ModulePlan, ...]) -> tuple[str, str]:

@@ -64,6 +64,7 @@ class _State:
         self.mask = torch.empty(0)
         self.all = torch.empty(0)
         self.seen = set[str]()
+        self.routed = frozenset[str]()
 
     def begin(self, labels: Tensor) -> None:
         """Positions before the last labelled token can change a loss; those after it and the padding cannot."""
@@ -81,7 +82,11 @@ class _State:
             )
         self.seen.add(name)
 
-    def positions(self, name: str, given: Tensor) -> Tensor:
+    def positions(self, name: str, given: Tensor, out: Tensor | None) -> Tensor:
+        if name in self.routed:
+            # An expert's tokens stand packed to the left: those that can reach a loss have a gradient.
+            assert out is not None
+            return out.flatten(0, 1).any(1).nonzero().flatten()
         if given.shape[:2] == self.mask.shape:
             return self.all
         if len(given) != len(self.mask):
@@ -104,13 +109,14 @@ def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_
             f"Kronecker factors need whole gradients or a two-sided sketch, not a {plan.sketch.kind} sketch"
         )
     state = _State()
+    state.routed = frozenset(each.name for each in plan.modules if each.expert is not None)
 
     def hand(gradient: ModuleGradient) -> None:
         state.once(gradient.name)
         if gradient.into is None:
             return on_vector(gradient.name, gradient.dense().flatten(1))
         given, out = _exact(gradient.into), gradient.out
-        positions = state.positions(gradient.name, given)
+        positions = state.positions(gradient.name, given, out if isinstance(out, Tensor) else None)
         if isinstance(out, Tensor):
             return on_factors(Factors(gradient.name, _exact(out), given, positions))
         assert out is not None

@@ -4,13 +4,14 @@ A layer says how the gradient of a module's parameters comes from what the forwa
 output (docs/add-a-layer.md). Importing a file here registers it; nothing else needs an edit.
 """
 
-from gradcore.layers import convolution, embedding, hf_conv1d, linear, norm
+from gradcore.layers import convolution, embedding, experts, hf_conv1d, linear, norm
 from gradcore.layers._registry import Layer, has_bias, layer_for, register_layer
 
 __all__ = [
     "Layer",
     "convolution",
     "embedding",
+    "experts",
     "has_bias",
     "hf_conv1d",
     "layer_for",

@@ -127,10 +127,10 @@ class Normalizer:
         Raises:
             GradCoreError: the normaliser has none for it, or of another shape.
         """
-        scale = self.scales.get(planned.path)
+        scale = self.scales.get(planned.matrix)
         if scale is None:
             known = "it was saved without its scales" if not self.scales else f"it knows {len(self.scales)} others"
-            raise GradCoreError(f"the {self.kind} normaliser has no scales for {planned.path}: {known}")
+            raise GradCoreError(f"the {self.kind} normaliser has no scales for {planned.matrix}: {known}")
         rows = columns = slice(None)
         if planned.head is not None:
             cut = slice(planned.head.start, planned.head.stop)
