@@ -21,21 +21,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _readme(member: str) -> str:
-    """The Python blocks of a member's README, one after the other."""
+def _readme(member: str, *checks: str) -> str:
+    """The Python blocks of a member's README, one after the other, each with what must hold after it."""
     text = (ROOT / "packages" / member / "README.md").read_text(encoding="utf-8")
-    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == len(checks)
+    return "\n".join(f"{block}\nassert {check}\n" for block, check in zip(blocks, checks))
 
 
 # Member → members whose wheels come with it, and what to try.
 MEMBERS = {
     "gradcore": (
         (),
-        _readme("gradcore")
-        + """
-assert collector.gradients["0"].shape == (6, 4, 10)
-assert norms.keys() == {"0", "2"}
-""",
+        _readme(
+            "gradcore",
+            'collector.gradients["0"].shape == (32, 64, 20) and norms.keys() == {"0", "2"}',
+            'collector.gradients["0"].shape == (6, 4, 10)',
+            'collector.gradients["2"].shape == (32, 3, 65) and norms["0"].shape == (32,)',
+        ),
     ),
     "gradstore": (
         (),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from gradcore._tensor_bytes import tensor_bytes
 
 _SAMPLES = 4096
 
@@ -27,12 +27,6 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_sample(parameter.detach()))
+        flat = parameter.detach().reshape(-1)
+        digest.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLES)]))
     return digest.hexdigest()
-
-
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
-    picked = flat[::step].cpu().contiguous()
-    return bytes(cast(list[int], picked.view(torch.uint8).tolist())) if picked.numel() else b""

@@ -69,6 +69,7 @@ class CapturePlan:
         reduction: str = "sum",
         include_bias: bool = False,
         attention: Mapping[str, AttentionConfig] | None = None,
+        normalizer: Normalizer | None = None,
         fingerprint: str = "",
     ) -> CapturePlan:
         """Plan for every module of a captured layer type that the patterns select (all of them by default).
@@ -77,7 +78,7 @@ class CapturePlan:
             model: the model.
             modules, exclude: patterns as for :func:`select_modules`.
             kinds: narrows the layer types, to :data:`MATRICES` for the linear layers that most methods are defined on.
-            sketch, loss, reduction: as the attributes.
+            sketch, loss, reduction, normalizer: as the attributes.
             include_bias: capture biases as one more input that is always 1.
             attention: pattern of modules → how their heads lie; each head is then captured under ``module.head_0`` ….
             fingerprint: of the weights.
@@ -109,6 +110,7 @@ class CapturePlan:
             loss=loss,
             reduction=reduction,
             model=fingerprint,
+            normalizer=normalizer,
         )
 
     @cached_property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradcore._errors import GradCoreError
 from gradcore._module_plan import ModulePlan
+from gradcore._tensor_bytes import tensor_bytes
 from gradcore.normalizers._bound import BoundNormalizer, Dense, Factored
 
 
@@ -101,7 +102,7 @@ class Normalizer:
         for name in sorted(scales):
             for part, tensor in sorted(scales[name].tensors().items()):
                 state.update(f"{name}|{part}{list(tensor.shape)}".encode())
-                state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+                state.update(tensor_bytes(tensor))
         return cls(kind, state.hexdigest()[:32], dict(scales))
 
     @property

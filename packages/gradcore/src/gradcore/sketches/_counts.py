@@ -103,5 +103,5 @@ def _spacing(features: int, width: int) -> int:
 def _columns(factor: Tensor, index: Tensor) -> Tensor:
     if factor.device.type != "cpu":
         return factor[..., index]
-    # numpy gathers columns several times as fast as torch on a CPU.
-    return torch.from_numpy(factor.detach().float().numpy().take(index.numpy(), axis=-1))
+    # Several times as fast on a CPU as indexing; no row of the index is ever written out.
+    return factor.gather(-1, index.expand(*factor.shape[:-1], -1))

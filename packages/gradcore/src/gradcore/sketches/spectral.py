@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gradcore._errors import GradCoreError
 from gradcore._factors import Factor, OneHot
+from gradcore._tensor_bytes import tensor_bytes
 from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch
 from gradcore.sketches.identity import BoundWhole
 from gradcore.sketches.tensor import TensorSketch, bound_tensor_sketch
@@ -61,7 +62,7 @@ class SpectralBasis:
         found = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            found.update(tensor.contiguous().numpy().tobytes())
+            found.update(tensor_bytes(tensor))
         return found.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
