@@ -41,7 +41,7 @@ def by_logits(loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None, r
 @pytest.mark.parametrize("loss", [Loss(), Loss("ce", 0.1), Loss("log_odds"), Loss("kl")])
 @pytest.mark.parametrize("chunk", [1, 25_000_000])
 def test_values_and_gradients_are_those_of_the_logits(loss, bias, chunk, monkeypatch):
-    monkeypatch.setattr(losses_module, "_CHUNK_FLOATS", chunk)
+    monkeypatch.setattr(losses_module, "CHUNK_FLOATS", chunk)
     hidden, weight, offset = setting(bias)
     reference = hidden.detach() + 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
     found = per_example_loss(hidden, weight, LABELS, bias=offset, loss=str(loss), reference=(reference, weight, offset))

@@ -15,7 +15,7 @@ REGEX_PREFIX = "re:"
 
 
 def select_modules(
-    model: nn.Module | Iterable[str] | Mapping[str, object],
+    model: nn.Module | Mapping[str, nn.Module] | Iterable[str] | Mapping[str, object],
     patterns: str | Sequence[str] | None = None,
     *,
     exclude: str | Sequence[str] = (),
@@ -31,7 +31,7 @@ def select_modules(
     ['0', '2']
 
     Args:
-        model: the model, or just its module names.
+        model: the model, its modules by name, or just their names.
         patterns: shell globs (``"h.[012].attn"``, ``"*.mlp.*"``) matched against whole dotted names, where ``*`` also
             crosses dots; or regular expressions written ``"re:..."``, matched in full. ``None`` selects every module.
         exclude: patterns of the same kind whose matches are left out. They must match something, too.
@@ -44,12 +44,13 @@ def select_modules(
         SelectionError: a pattern matches no module (close matches are listed), a regular expression does not
             compile, or nothing is left.
     """
-    if isinstance(model, nn.Module):
-        modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
-        names = list(modules)
-    else:
-        modules, names = {}, [name for name in model if name]
-        if where is not None:
+    given = dict(model.named_modules()) if isinstance(model, nn.Module) else model
+    names = [name for name in given if name]
+    modules: dict[str, nn.Module] = {}
+    if where is not None:
+        if isinstance(given, Mapping):
+            modules = {name: each for name, each in given.items() if isinstance(each, nn.Module)}
+        if not set(names) <= set(modules):
             raise SelectionError("`where` looks at modules, but only names were given: pass the model itself")
 
     candidates = [name for name in names if where is None or where(name, modules[name])]

@@ -7,12 +7,11 @@ never formed by autograd, and the graph begins at the first captured module: 2P 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,14 @@ from torch.utils.hooks import RemovableHandle
 
 from gradcore._errors import CaptureError
 from gradcore._experts import Grouped, OnProduct, watch
-from gradcore._factors import Factor, OneHot
 from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import ModulePlan
+from gradcore._output_loss import TAKERS, Taker, Taking
+from gradcore._pass import Pass
 from gradcore._plan import CapturePlan
+from gradcore._units import Unit
 from gradcore.layers import Layer, layer_for
 from gradcore.layers.experts import is_transposed, matrices
-from gradcore.normalizers import BoundNormalizer
-from gradcore.sketches import BoundSketch
 
 Closure = Callable[[str, Tensor], None]
 OnFactors = Callable[[ModuleGradient], None]
@@ -94,6 +93,9 @@ class GradientCollector:
 
     While :attr:`enabled` is ``False``, forward passes go through unseen.
 
+    A plan with an output embedding, tied or not, gets its gradient where the module runs, and where
+    :func:`per_example_loss` stands in for it. A weight that several modules share has one gradient, of all their uses.
+
     Args:
         model: any module; the first dimension of every captured input must be the example.
         plan: what to capture.
@@ -102,6 +104,7 @@ class GradientCollector:
         factors: called as ``factors(module_gradient)`` instead.
         per_position: a row a position instead of one an example.
         freeze: switch ``requires_grad`` off inside the context. ``False`` leaves training gradients intact.
+        outside: planned modules that do not lie inside ``model``, by the names they have in the plan.
 
     Raises:
         CaptureError: the model lacks a planned module or has another shape; gradients are switched off; an input was
@@ -117,6 +120,7 @@ class GradientCollector:
         factors: OnFactors | None = None,
         per_position: bool = False,
         freeze: bool = True,
+        outside: Mapping[str, nn.Module] | None = None,
     ) -> None:
         if closure is not None and factors is not None:
             raise CaptureError("gradients go to a closure or come as factors, not both")
@@ -129,47 +133,79 @@ class GradientCollector:
         self.per_position = per_position
         self.enabled = True
         self._freeze = freeze
+        self._outside = dict(outside or {})
+        self._outputs: list[tuple[nn.Module, Unit]] = []
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
-        self._passes: list[_Pass] = []
+        self._passes: list[Pass] = []
         self._spare: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
         self._batch = (0, 0)
 
     def __enter__(self) -> GradientCollector:
-        modules = dict(self.model.named_modules())
-        for planned in self.plan.modules:
-            module = modules.get(planned.path)
+        modules = {**dict(self.model.named_modules()), **self._outside}
+        uses = [(planned, path) for planned in self.plan.modules for path in (planned.path, *planned.tied)]
+        for planned, path in uses:
+            module = modules.get(path)
             layer = layer_for(module) if module is not None else None
             if module is None or layer is None or (layer.kind == "experts") != (planned.expert is not None):
-                raise CaptureError(f"the model has no module {planned.path!r} that can be captured, the plan does")
+                raise CaptureError(f"the model has no module {path!r} that can be captured, the plan does")
             found = _expert_shape(module, planned) if planned.expert else layer.shape(module, planned.bias)
             _require_shape(found, planned)
         if self._freeze:
-            self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            everywhere = (self.model, *self._outside.values())
+            trained = {id(each): each for root in everywhere for each in root.parameters() if each.requires_grad}
+            self._frozen = list(trained.values())
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
-        experts: dict[str, dict[tuple[str, int], _Unit]] = {}
+        experts: dict[str, dict[tuple[str, int], Unit]] = {}
         for planned in self.plan.modules:
-            module = modules[planned.path]
-            device = _device(module)
+            device = _device(modules[planned.path])
             bound = self.plan.sketch.bind(
                 planned.name, planned.out_features, planned.in_features, device, planned.elementwise
             )
-            layer = layer_for(module)
-            assert layer is not None
             normalizer = None if self.plan.normalizer is None else self.plan.normalizer.bind(planned, device)
-            unit = _unit(self, planned, layer, bound, normalizer)
-            if planned.expert is not None:
-                experts.setdefault(planned.path, {})[planned.expert.parameter, planned.expert.index] = unit
-                continue
-            hook = _forward_hook(self, planned, layer, unit)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            for path in (planned.path, *planned.tied):
+                module = modules[path]
+                layer = layer_for(module)
+                assert layer is not None
+                unit = Unit(self, planned, layer, bound, normalizer)
+                if planned.expert is not None:
+                    experts.setdefault(path, {})[planned.expert.parameter, planned.expert.index] = unit
+                    continue
+                if layer.kind == "linear" and planned.head is None:
+                    self._outputs.append((module, unit))
+                hook = _forward_hook(self, planned, layer, unit)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         if experts:
             self._handles.append(self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True))
         for path, units in experts.items():
             self._undo.append(watch(modules[path], _expert_hook(self, units)))
+        if self._outputs:
+            # A bound method is another object each time it is asked for.
+            taker = self._take_output
+            TAKERS.set((*TAKERS.get(), taker))
+            self._undo.append(lambda: _forget(taker))
         return self
+
+    def _take_output(self, weight: Tensor, examples: int) -> Taking | None:
+        """What a loss that stands in for a captured linear layer has to hand over."""
+        if _PAUSED.get() or not self.enabled:
+            return None
+        found = [(module, unit) for module, unit in self._outputs if getattr(module, "weight", None) is weight]
+        if not found:
+            return None
+        current = self._pass_for_forward(examples)
+
+        def deliver(blocks: Iterator[tuple[Tensor, Tensor]]) -> None:
+            module, unit = found[0]
+            prepared = (
+                (unit.prepare(unit.layer.forward(module, given, unit.planned.bias)), arrived)
+                for given, arrived in blocks
+            )
+            unit.deliver_blocks(current, prepared)
+
+        return Taking(deliver, whole=self.takes_factors)
 
     def _count_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Experts see tokens without their examples: how many there are the model's own input says."""
@@ -185,6 +221,7 @@ class GradientCollector:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._outputs.clear()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
@@ -215,70 +252,36 @@ class GradientCollector:
         self._passes = []
         return rows
 
-    def _pass_for_forward(self, examples: int) -> _Pass:
+    def _pass_for_forward(self, examples: int) -> Pass:
         """The open pass; a forward call after gradients have arrived opens the next, whose batch is this one."""
         inside_backward = torch._C._current_graph_task_id() != -1  # a recomputing checkpoint
         if not self._passes or (self._passes[-1].touched and not inside_backward):
-            self._passes.append(_Pass(self.plan, self._spare, examples))
+            self._passes.append(Pass(self.plan, self._spare, examples))
             self._spare = None
         return self._passes[-1]
 
-    def _receive(self, current: _Pass, name: str, gradient: Tensor) -> None:
+    @property
+    def takes_factors(self) -> bool:
+        """Whether modules come as factors instead of gradients."""
+        return self._factors is not None
+
+    def receive(self, current: Pass, name: str, gradient: Tensor) -> None:
+        """Called by hooks: a module's gradients ``[n, *shape]``."""
         if self._closure is not None:
             current.touched.add(name)
             self._closure(name, gradient)
         else:
             current.add(name, gradient)
 
-    def _receive_factors(self, current: _Pass, gradient: ModuleGradient) -> None:
+    def receive_factors(self, current: Pass, gradient: ModuleGradient) -> None:
+        """Called by hooks: a module's gradients as factors."""
         assert self._factors is not None
         current.touched.add(gradient.name)
         self._factors(gradient)
 
 
-class _Pass:
-    """One forward and backward over a batch: its rows, and which modules have written theirs."""
-
-    def __init__(self, plan: CapturePlan, spare: Tensor | None, examples: int) -> None:
-        self.plan = plan
-        self.examples = examples
-        self.touched: set[str] = set()
-        self.rows: Tensor | None = None
-        self._spare = spare
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        flat = gradient.flatten(1)
-        if self.rows is None:
-            self.rows = self._allocate(flat)
-        if len(flat) != len(self.rows):
-            raise CaptureError(
-                f"{name} saw {len(flat)} examples, modules before it {len(self.rows)}: "
-                "the first dimension of every captured input must be the example"
-            )
-        column = self.plan.column_of(name)
-        part = self.rows[:, self.plan.slices[column]]
-        if column in self.touched:
-            part += flat
-        else:
-            part.copy_(flat)
-            self.touched.add(column)
-
-    def finish(self) -> Tensor:
-        """The rows, with zeros where no gradient arrived."""
-        if self.rows is None:
-            raise CaptureError("a closure took the gradients: there are no rows to hand out")
-        for name, columns in self.plan.slices.items():
-            if name not in self.touched:
-                self.rows[:, columns].zero_()
-        return self.rows
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        spare, examples = self._spare, len(like)
-        self._spare = None
-        fits = spare is not None and spare.dtype == like.dtype and spare.device == like.device
-        if spare is not None and fits and len(spare) >= examples:
-            return spare[:examples]
-        return like.new_empty(examples, self.plan.width)
+def _forget(taker: Taker) -> None:
+    TAKERS.set(tuple(each for each in TAKERS.get() if each is not taker))
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -300,84 +303,7 @@ def _require_shape(found: tuple[int, int], planned: ModulePlan) -> None:
         raise CaptureError(f"{planned.path} is {list(found)}, the plan says {list(expected)}")
 
 
-@overload
-def _part(factor: Tensor, planned: ModulePlan, side: str) -> Tensor: ...
-@overload
-def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor: ...
-def _part(factor: Factor, planned: ModulePlan, side: str) -> Factor:
-    """The features of the planned head, on the side where it is cut out."""
-    head = planned.head
-    if head is None or head.side != side or not isinstance(factor, Tensor):
-        return factor
-    return factor[..., head.start : head.stop]
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is done with the factors of one planned matrix: ``prepare`` in the forward pass, ``deliver`` after."""
-
-    prepare: Callable[[Factor], Factor]
-    deliver: Callable[[_Pass, Factor, Tensor], None]
-
-
-def _unit(
-    collector: GradientCollector,
-    planned: ModulePlan,
-    layer: Layer,
-    bound: BoundSketch,
-    normalizer: BoundNormalizer | None,
-) -> _Unit:
-    name = planned.name
-    # What a normaliser multiplies entry by entry, or by the row of a table, has to be known before it is projected.
-    early = normalizer is None or (normalizer.factored and layer.forward_side == "in")
-    keep, meet = bound.project_in, bound.project_out
-    if layer.forward_side == "out":
-        keep, meet = meet, keep
-
-    def scaled(factor: Factor, side: str) -> Factor:
-        if normalizer is None or not early:
-            return factor
-        assert isinstance(factor, Tensor)
-        return normalizer.scale(factor, side)
-
-    def deliver(current: _Pass, kept: Factor, arrived: Tensor) -> None:
-        if layer.elementwise:
-            assert isinstance(kept, Tensor)
-            vectors = (kept * arrived, arrived) if planned.bias else (kept * arrived,)
-            whole = ModuleGradient(name, vectors=vectors if normalizer is None else normalizer.vectors(vectors))
-        else:
-            met = scaled(arrived, layer.backward_side)
-            met = meet(met) if early else met
-            out, into = (kept, met) if layer.forward_side == "out" else (met, kept)
-            if early and collector._factors is None and not collector.per_position:
-                return collector._receive(current, name, bound.combine(out, into))
-            assert isinstance(into, Tensor)
-            whole = ModuleGradient(name, out, into)
-        if not early and not layer.elementwise:
-            assert normalizer is not None
-            return _deliver_normalized(collector, current, whole, bound, normalizer)
-        if collector.per_position:
-            whole = whole.per_position()
-        if collector._factors is not None:
-            return collector._receive_factors(current, _sketched_vectors(whole, bound))
-        if layer.elementwise:
-            parts = [each.sum(1) for each in whole.vectors]
-            return collector._receive(current, name, bound.vector(torch.stack(parts, dim=-1)))
-        assert whole.out is not None
-        assert whole.into is not None
-        return collector._receive(current, name, bound.combine(whole.out, whole.into))
-
-    def prepare(factor: Factor) -> Factor:
-        if layer.elementwise or not early:
-            return factor
-        return keep(scaled(factor, layer.forward_side))
-
-    return _Unit(prepare, deliver)
-
-
-def _forward_hook(
-    collector: GradientCollector, planned: ModulePlan, layer: Layer, unit: _Unit
-) -> Callable[..., Tensor]:
+def _forward_hook(collector: GradientCollector, planned: ModulePlan, layer: Layer, unit: Unit) -> Callable[..., Tensor]:
     name = planned.name
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
@@ -394,8 +320,7 @@ def _forward_hook(
             # Looked up once for the whole batch, as position tables are: each example has a gradient of its own.
             output = output.expand(current.examples, *output.shape[1:])
             given = given.expand(current.examples, *given.shape[1:])
-        factor = _part(layer.forward(module, given, planned.bias), planned, layer.forward_side)
-        kept = unit.prepare(factor)
+        kept = unit.prepare(layer.forward(module, given, planned.bias))
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
         watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
         version = given._version
@@ -403,7 +328,7 @@ def _forward_hook(
         def receive(gradient: Tensor) -> None:
             if watched is not None and watched._version != version:
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
-            unit.deliver(current, kept, _part(layer.backward(module, gradient), planned, layer.backward_side))
+            unit.deliver(current, kept, layer.backward(module, gradient))
 
         if not output.requires_grad:
             # Nothing before needs gradients: root the graph here. The copy lets a later layer work in place.
@@ -414,7 +339,7 @@ def _forward_hook(
     return hook
 
 
-def _expert_hook(collector: GradientCollector, units: Mapping[tuple[str, int], _Unit]) -> OnProduct:
+def _expert_hook(collector: GradientCollector, units: Mapping[tuple[str, int], Unit]) -> OnProduct:
     def seen(parameter: str, expert: int, tokens: Tensor, given: Tensor, output: Tensor) -> Tensor:
         unit = units.get((parameter, expert))
         if unit is None or _PAUSED.get() or not collector.enabled:
@@ -444,46 +369,3 @@ def _expert_shape(module: nn.Module, planned: ModulePlan) -> tuple[int, int]:
         raise CaptureError(f"the model has no {planned.name}, the plan does")
     out_features, in_features = weights.shape[1:]
     return (in_features, out_features) if is_transposed(module) else (out_features, in_features)
-
-
-def _sketched_vectors(gradient: ModuleGradient, bound: BoundSketch) -> ModuleGradient:
-    """A vector layer's gradient comes summed and sketched, as one position; a matrix layer's factors are so already."""
-    if not gradient.vectors:
-        return gradient
-    found = bound.vector(torch.stack([each.sum(1) for each in gradient.vectors], dim=-1))
-    columns = found.unbind(-1) if found.dim() == 3 else (found,)
-    return ModuleGradient(gradient.name, vectors=tuple(each[:, None] for each in columns))
-
-
-def _deliver_normalized(
-    collector: GradientCollector,
-    current: _Pass,
-    whole: ModuleGradient,
-    bound: BoundSketch,
-    normalizer: BoundNormalizer,
-) -> None:
-    """Gradients multiplied entry by entry: formed a block at a time, and sketched as what they are."""
-    if isinstance(whole.out, OneHot) and whole.into is not None:
-        # Each position touches one row of the table, so that its factor can be multiplied instead.
-        whole = ModuleGradient(whole.name, whole.out, normalizer.looked_up(whole.out, whole.into))
-    if collector.per_position:
-        whole = whole.per_position()
-    if collector._factors is not None and not isinstance(whole.out, OneHot):
-        for examples, block in whole.blocks():
-            # Scaled entry by entry it has no other factors than its rows.
-            rows = ModuleGradient.formed(whole.name, normalizer.multiply(block))
-            assert rows.out is not None
-            assert rows.into is not None
-            out, into = bound.project_out(rows.out), bound.project_in(rows.into)
-            assert isinstance(into, Tensor)
-            collector._receive_factors(current, ModuleGradient(whole.name, out, into, first=examples.start))
-        return None
-    if isinstance(whole.out, OneHot) and whole.into is not None:
-        out, into = bound.project_out(whole.out), bound.project_in(whole.into)
-        assert isinstance(into, Tensor)
-        if collector._factors is not None:
-            return collector._receive_factors(current, ModuleGradient(whole.name, out, into))
-        found = bound.combine(out, into)
-    else:
-        found = torch.cat([bound.matrix(normalizer.multiply(block)) for _, block in whole.blocks()])
-    return collector._receive(current, whole.name, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,8 +42,8 @@ class Coverage:
         return self.captured / self.total if self.total else 0.0
 
 
-def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
-    """Which parameters a plan captures; shared parameters belong to the first module that has them.
+def coverage(model: nn.Module, plan: CapturePlan, outside: Mapping[str, nn.Module] | None = None) -> Coverage:
+    """Which parameters a plan captures of a model and what lies ``outside`` of it, as for a collector.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
@@ -51,10 +51,13 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
     >>> report.captured, report.total, report.left_out[0].parameters
     (48, 50, ('bias',))
     """
-    planned = {module.path: module for module in plan.modules}
+    modules = {**dict(model.named_modules()), **(outside or {})}
+    planned = {path: each for each in plan.modules for path in (each.path, *each.tied)}
     seen: set[int] = set()
     captured, total, left_out = 0, 0, list[Uncaptured]()
-    for name, module in model.named_modules():
+    # A shared parameter is captured wherever it is: planned modules come first.
+    for name in sorted(modules, key=lambda name: name not in planned):
+        module = modules[name]
         layer = layer_for(module)
         missed: dict[str, int] = {}
         for parameter_name, parameter in _own_parameters(module, seen):
@@ -67,7 +70,8 @@ def coverage(model: nn.Module, plan: CapturePlan) -> Coverage:
             owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else ""
             reason = _PARAMETRISED if owner in planned else _reason(name in planned, layer is not None, module)
             left_out.append(Uncaptured(name, type(module).__name__, tuple(missed), sum(missed.values()), reason))
-    return Coverage(captured, total, tuple(left_out))
+    order = list(modules)
+    return Coverage(captured, total, tuple(sorted(left_out, key=lambda each: order.index(each.module))))
 
 
 _PARAMETRISED = "parametrised: captured is the gradient of the effective weight, not of what it is computed from"

@@ -20,6 +20,11 @@ class OneHot:
     ids: Tensor
     width: int
 
+    def dense(self) -> Tensor:
+        """Written out, ``[n, s, width]`` float32."""
+        out = torch.zeros(*self.ids.shape, self.width, device=self.ids.device)
+        return out.scatter_(-1, self.ids.clamp(min=0)[..., None], (self.ids >= 0).float()[..., None])
+
     def rows_of(self, matrix_t: Tensor) -> Tensor:
         """The product with ``matrix_t [width, d]``, that is a lookup: ``[n, s, d]``."""
         found = matrix_t[self.ids.clamp(min=0)]

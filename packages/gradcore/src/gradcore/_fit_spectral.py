@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from gradcore._collector import GradientCollector
 from gradcore._errors import CaptureError, GradCoreError
 from gradcore._module_gradient import ModuleGradient
+from gradcore._module_plan import ModulePlan
 from gradcore._plan import CapturePlan
 from gradcore.sketches import Identity, ModuleBasis, Spectral, SpectralBasis
 
 REACH = 5.0
 """Rows and columns of the corner that is searched, in units of √floats."""
+
+
+WIDEST = 16_384
+"""Features of a side, above which a matrix has no basis."""
 
 
 def fit_spectral(
@@ -29,6 +34,7 @@ def fit_spectral(
     floats: int = 256,
     total: int = 0,
     seed: int = 0,
+    outside: Mapping[str, nn.Module] | None = None,
 ) -> CapturePlan:
     """The plan with a spectral sketch fitted to a sample.
 
@@ -45,19 +51,21 @@ def fit_spectral(
         run: forward and backward over every batch of the sample; called twice.
         floats: kept a module, where no total is given.
         total: floats a row shared by all modules: those coordinates of any module with the largest moments.
-        seed: of the tensor sketch of modules without a basis.
+        seed: of the tensor sketch of modules without a basis: lookup tables, and matrices with a side above 16,384.
+        outside: planned modules outside the model, as for a collector.
 
     Raises:
         CaptureError: the sample gave some module no gradient at all.
     """
-    matrices = [each for each in plan.modules if each.kind != "embedding"]
+    matrices = [each for each in plan.modules if each.kind != "embedding" and _has_basis(each)]
     if not matrices:
         raise CaptureError(
-            "a spectral sketch needs at least one module that is not a lookup table: use a tensor sketch"
+            "a spectral sketch needs a module that is neither a lookup table nor wider than "
+            f"{WIDEST:,} features: use a tensor sketch"
         )
     factors = {each.name: _Factors() for each in matrices}
     part = replace(plan, modules=tuple(matrices))
-    with _accumulating(model, part, factors):
+    with _accumulating(model, part, factors, outside):
         run()
     # Where modules share, one may take several times its equal part.
     most = 4 * math.ceil(total / len(matrices)) if total else floats
@@ -69,7 +77,7 @@ def fit_spectral(
         rows, columns = _sides(len(found.out), len(found.into), most)
         corners[each.name] = _Corner(leading(found.out, rows), leading(found.into, columns))
         factors[each.name] = _Factors()  # the covariances are no longer needed
-    with _accumulating(model, part, corners):
+    with _accumulating(model, part, corners, outside):
         run()
     counts = _shared(corners, total) if total else dict.fromkeys(corners, floats)
     bases = {each.name: corners[each.name].keep(counts[each.name]) for each in matrices}
@@ -127,6 +135,11 @@ def _first(basis: ModuleBasis, count: int) -> ModuleBasis:
         row * used + column,
         basis.moments[:count].contiguous(),
     )
+
+
+def _has_basis(planned: ModulePlan) -> bool:
+    """An eigendecomposition of a side takes time with its cube: an output embedding's is out of reach."""
+    return planned.elementwise or max(planned.out_features, planned.in_features) <= WIDEST
 
 
 def _sides(out_features: int, in_features: int, floats: int) -> tuple[int, int]:
@@ -225,7 +238,10 @@ def _plus(total: Tensor | None, factor: Tensor) -> Tensor:
 
 
 def _accumulating(
-    model: nn.Module, plan: CapturePlan, sums: Mapping[str, _Factors | _Corner]
+    model: nn.Module,
+    plan: CapturePlan,
+    sums: Mapping[str, _Factors | _Corner],
+    outside: Mapping[str, nn.Module] | None,
 ) -> AbstractContextManager[Any]:
     def add(gradient: ModuleGradient) -> None:
         found = sums[gradient.name]
@@ -236,4 +252,4 @@ def _accumulating(
         else:  # formed, for a normaliser that scales every entry
             found.add_formed(gradient.dense())
 
-    return GradientCollector(model, replace(plan, sketch=Identity()), factors=add)
+    return GradientCollector(model, replace(plan, sketch=Identity()), factors=add, outside=outside)

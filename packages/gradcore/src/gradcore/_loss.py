@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradcore._errors import CaptureError
 from gradcore._losses import Head, Loss, value_and_gradient
+from gradcore._output_loss import LabelledBatch, Taking, takings
 
 IGNORE = -100
 _CE = Loss()
@@ -35,7 +36,8 @@ def per_example_loss(
     >>> per_example_loss(hidden, torch.zeros(5, 4), torch.tensor([[0, 1, 2], [0, 3, -100]])).exp().round()
     tensor([25.,  5.], grad_fn=<RoundBackward0>)
 
-    Memory grows neither with tokens × vocabulary nor with the vocabulary.
+    Memory grows neither with tokens × vocabulary nor with the vocabulary. A collector that is open and whose plan has
+    ``weight`` gets its gradient as well.
 
     Args:
         hidden: last hidden states ``[n, s, d]``, that is the input of the output embedding.
@@ -67,7 +69,16 @@ def per_example_loss(
     if reference is not None:
         states, its_weight, its_bias = reference
         other = Head(states.detach().reshape(n * s, -1).index_select(0, example * s + position), its_weight, its_bias)
-    token_losses = token_loss(flat, weight, picked, bias, Loss.named(loss), other)
+    kind, takers = Loss.named(loss), takings(weight, n)
+    if takers:
+        head = Head(flat.detach(), weight.detach(), None if bias is None else bias.detach())
+        batch = LabelledBatch(hidden.detach(), head, picked, example, position, kind, other)
+        if not flat.requires_grad:  # nothing before is captured, the output embedding is
+            flat = flat.detach().requires_grad_()
+        token_losses = _CapturedLoss.apply(flat, batch, takers)
+        assert isinstance(token_losses, Tensor)
+    else:
+        token_losses = token_loss(flat, weight, picked, bias, kind, other)
     total = token_losses.new_zeros(n).index_add(0, example, token_losses)
     if reduction == "sum":
         return total
@@ -110,3 +121,23 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None, None, None
+
+
+class _CapturedLoss(torch.autograd.Function):
+    """The same for collectors that capture the output embedding: they get its factors in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, batch: LabelledBatch, takers: list[Taking]) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            value, gradient = value_and_gradient(batch.loss, batch.head, batch.targets, batch.reference)
+            ctx.save_for_backward(gradient)
+            ctx.dtype, ctx.batch, ctx.takers = hidden.dtype, batch, takers
+            return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            for each in ctx.takers:
+                each.deliver(ctx.batch.blocks(grads[0], whole=each.whole))
+        return (gradient * grads[0][:, None]).to(ctx.dtype), None, None

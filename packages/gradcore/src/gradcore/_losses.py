@@ -24,7 +24,7 @@ from gradcore._errors import GradCoreError
 from gradcore._vocabulary import softmax_mean
 
 LOSSES = ("ce", "log_odds", "kl")
-_CHUNK_FLOATS = 25_000_000
+CHUNK_FLOATS = 25_000_000
 _SURE = 1e-7  # 1 − p below this is noise of float32
 
 
@@ -105,17 +105,39 @@ def value_and_gradient(loss: Loss, head: Head, targets: Tensor, reference: Head 
     return value, gradient
 
 
+def logit_gradient(loss: Loss, head: Head, targets: Tensor, reference: Head | None, rows: slice) -> Tensor:
+    """∂ℓ/∂logits of some tokens, ``[t, vocabulary]`` in float32; times W it is the gradient of the hidden states."""
+    logits = head.logits(rows)
+    if loss.name == "kl":
+        assert reference is not None
+        return _kl_of(logits, reference, rows)[1]
+    labels = targets[rows, None]
+    if loss.name == "log_odds":
+        value = -logits.log_softmax(1).gather(1, labels)
+        gradient = logits.softmax(1).scatter_add_(1, labels, torch.full_like(value, -1.0))
+        return gradient.div_((-torch.expm1(-value)).clamp_(min=_SURE))
+    gradient = logits.softmax(1)
+    gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, loss.smoothing - 1))
+    return gradient.sub_(loss.smoothing / len(head.weight)) if loss.smoothing else gradient
+
+
 def _kl(head: Head, reference: Head) -> tuple[Tensor, Tensor]:
     """In blocks of tokens, so that memory does not grow with tokens × vocabulary."""
     tokens, width = head.hidden.shape
     value = head.hidden.new_empty(tokens, dtype=torch.float32)
     gradient = head.hidden.new_empty(tokens, width, dtype=torch.float32)
-    rows = max(16, _CHUNK_FLOATS // len(head.weight))
+    rows = max(16, CHUNK_FLOATS // len(head.weight))
     for start in range(0, tokens, rows):
         some = slice(start, start + rows)
-        log_p = head.logits(some).log_softmax(1)
-        apart = log_p - reference.logits(some).log_softmax(1)
-        p = log_p.exp_()
-        value[some] = (p * apart).sum(1)
-        gradient[some] = p.mul_(apart.sub_(value[some, None])) @ head.weight.float()
+        value[some], by_logits = _kl_of(head.logits(some), reference, some)
+        gradient[some] = by_logits @ head.weight.float()
     return value, gradient
+
+
+def _kl_of(logits: Tensor, reference: Head, rows: slice) -> tuple[Tensor, Tensor]:
+    """The divergence of some tokens ``[t]`` and its gradient ``[t, vocabulary]`` with respect to their logits."""
+    log_p = logits.log_softmax(1)
+    apart = log_p - reference.logits(rows).log_softmax(1)
+    p = log_p.exp_()
+    value = (p * apart).sum(1)
+    return value, p.mul_(apart.sub_(value[:, None]))

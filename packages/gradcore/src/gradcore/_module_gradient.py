@@ -106,7 +106,7 @@ class ModuleGradient:
         blocks: dict[int, list[ModuleGradient]] = {}
         for each in parts:
             blocks.setdefault(each.first, []).append(each)
-        calls = [_concatenated(blocks[first], dim=1) for first in sorted(blocks)]
+        calls = [_concatenated(_of_one_kind(blocks[first]), dim=1) for first in sorted(blocks)]
         return calls[0] if len(calls) == 1 else _concatenated(calls, dim=0)
 
     def dense(self) -> Tensor:
@@ -204,6 +204,13 @@ class ModuleGradient:
         step = max(1, FORMED_FLOATS // max(cost, 1))
         for start in range(0, len(self), step):
             yield self[start : start + step]
+
+
+def _of_one_kind(parts: Sequence[ModuleGradient]) -> Sequence[ModuleGradient]:
+    """A table that is looked up and multiplied with, too, has one-hot factors written out beside dense ones."""
+    if len({isinstance(each.out, OneHot) for each in parts}) == 1:
+        return parts
+    return [replace(each, out=each.out.dense()) if isinstance(each.out, OneHot) else each for each in parts]
 
 
 def _concatenated(parts: Sequence[ModuleGradient], dim: int) -> ModuleGradient:

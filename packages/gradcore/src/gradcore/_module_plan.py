@@ -70,6 +70,7 @@ class ModulePlan:
         elementwise: whether this is a vector layer, whose gradient has no low-rank form.
         head: the part of a module that is captured under this name, or ``None`` for all of it.
         expert: which matrix of a mixture's experts, or ``None``.
+        tied: other modules with the same weight, whose uses of it count, too.
     """
 
     name: str
@@ -80,6 +81,7 @@ class ModulePlan:
     elementwise: bool = False
     head: HeadSlice | None = None
     expert: ExpertSlice | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -95,8 +97,9 @@ class ModulePlan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form that :meth:`from_dict` reads back."""
         saved = asdict(self)
-        if self.expert is None:  # plans from before there were experts keep their digest
-            del saved["expert"]
+        for late in ("expert", "tied"):  # plans from before there were any keep their digest
+            if not saved[late]:
+                del saved[late]
         return saved
 
     @classmethod
@@ -134,6 +137,7 @@ class ModulePlan:
         """The plan saved by ``dataclasses.asdict``."""
         parts = ("head", "expert")
         whole = cls(**{name: value for name, value in saved.items() if name not in parts})
+        whole = replace(whole, tied=tuple(whole.tied))
         if saved["head"] is not None:
             whole = replace(whole, head=HeadSlice(**saved["head"]))
         return whole if saved.get("expert") is None else replace(whole, expert=ExpertSlice(**saved["expert"]))

@@ -22,6 +22,8 @@ from gradcore.sketches import Identity, Sketch, sketch_from_dict
 REDUCTIONS = ("sum", "mean")
 GLOBAL = "global"
 MATRICES = ("linear", "hf_conv1d", "experts")
+_SHARABLE = ("linear", "embedding")
+"""Layers that store their weight as its gradient lies, so that a module of one may use another's."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class CapturePlan:
         attention: Mapping[str, AttentionConfig] | None = None,
         normalizer: Normalizer | None = None,
         fingerprint: str = "",
+        outside: Mapping[str, nn.Module] | None = None,
     ) -> CapturePlan:
         """Plan for every module of a captured layer type that the patterns select (all of them by default).
 
@@ -82,6 +85,11 @@ class CapturePlan:
             include_bias: capture biases as one more input that is always 1.
             attention: pattern of modules → how their heads lie; each head is then captured under ``module.head_0`` ….
             fingerprint: of the weights.
+            outside: further modules that do not lie inside ``model``, by the names they are to have: the output
+                embedding beside the base of a language model.
+
+        A weight that several modules share is captured once, under the name of the first that is selected, with the
+        uses of all that are not excluded: the gradient of a tied embedding is that of both its ends.
 
         Raises:
             SelectionError: a pattern matches nothing that can be captured; close matches are listed.
@@ -92,15 +100,17 @@ class CapturePlan:
             layer = layer_for(module)
             return layer is not None and (kinds is None or layer.kind in kinds)
 
-        names = select_modules(model, modules, exclude=exclude, where=wanted)
-        mixtures = {name for name in names if _kind(model.get_submodule(name)) == "experts"}
+        known = {**{name: each for name, each in model.named_modules() if name}, **(outside or {})}
+        names = select_modules(known, modules, exclude=exclude, where=wanted)
+        excluded = select_modules(known, exclude) if exclude else ()
+        names, tied = _shared(names, {name: each for name, each in known.items() if name not in set(excluded)})
+        mixtures = {name for name in names if _kind(known[name]) == "experts"}
         whole = {
-            name: ModulePlan.of(name, model.get_submodule(name), include_bias) for name in names if name not in mixtures
-        }
-        split = {
-            name: ModulePlan.experts(name, model.get_submodule(name)) if name in mixtures else [whole[name]]
+            name: replace(ModulePlan.of(name, known[name], include_bias), tied=tied.get(name, ()))
             for name in names
+            if name not in mixtures
         }
+        split = {name: ModulePlan.experts(name, known[name]) if name in mixtures else [whole[name]] for name in names}
         for pattern, config in (attention or {}).items():
             for name in select_modules(whole, pattern):
                 split[name] = whole[name].heads(config)
@@ -208,6 +218,25 @@ _REMEDIES = {
     "loss": "use the same --loss-fn on both sides",
     "reduction": "use the same --loss-reduction on both sides",
 }
+
+
+def _shared(names: Sequence[str], known: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """The selected modules without those whose weight an earlier one has, and for each the others with its weight."""
+    uses: dict[int, list[str]] = {}
+    for name, module in known.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and _kind(module) in _SHARABLE:
+            uses.setdefault(id(weight), []).append(name)
+    kept, tied, seen = list[str](), dict[str, tuple[str, ...]](), set[str]()
+    for name in names:
+        if name in seen:
+            continue
+        kept.append(name)
+        others = uses.get(id(getattr(known[name], "weight", None)), [])
+        if name in others and len(others) > 1:
+            tied[name] = tuple(each for each in others if each != name)
+            seen.update(others)
+    return kept, tied
 
 
 def _kind(module: nn.Module) -> str:

@@ -1,8 +1,7 @@
 """``nn.Embedding``: row id_s of the table is looked up, so G = Σ_s onehot(id_s) g_sᵀ with shape [entries, width].
 
 The one-hot factor is never written out: a sketch of it is a lookup in the sketch matrix. Padding entries get no
-gradient, as in torch. A table tied to the output embedding has its gradient from both uses; here stands that of the
-lookup.
+gradient, as in torch.
 """
 
 from __future__ import annotations
