@@ -162,7 +162,7 @@ def documents() -> list[str]:
     for number in range(40):
         count = 1 + (number * 7) % 11
         text = " ".join(words[(number * 5 + place * (3 + number % 4)) % len(words)] for place in range(count))
-        texts.append(f"{text} {number}"[:44])
+        texts.append(f"{text[:40]} {number}")
     return texts
 
 

@@ -16,7 +16,7 @@ from attribute import AttributionError, IndexConfig, LanguageModel
 from attribute.data import Row, TokenFile, TokenFileWriter
 from attribute.engine import gradients_of
 from attribute.methods import Checkpoint, Study, estimator_named, estimators
-from gradcore import GradientCollector, TwoSided
+from gradcore import TwoSided
 
 FLAT = ("loss", "length", "self-influence")  # the same for every query
 
@@ -141,7 +141,7 @@ def test_trak_is_its_formula_over_autograd_log_odds(study):
             found = []
             for row in range(len(tokens)):
                 ids = torch.from_numpy(tokens.ids(row).astype(np.int64))[None]
-                with GradientCollector(checkpoint.model.base, plan) as collector:
+                with checkpoint.model.collector(plan) as collector:
                     log_p = checkpoint.model.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
                     p = log_p.gather(2, ids[:, 1:, None]).exp()
                     (p / (1 - p)).log().sum().backward()

@@ -201,7 +201,6 @@ def test_output_scores_are_of_each_tokens_own_loss(world, tmp_path, folders):
     found = score_dataset(tmp_path / "t", ScoreConfig(str(root / "query"), tokens="output"), config)
     model, tokenizer = load_model(str(folders["gpt2"])), load_tokenizer(str(folders["gpt2"]))
     from attribute.spectral import plan_of
-    from gradcore import GradientCollector
 
     plan, query = plan_of(GradientStore.open(root / "query")), torch.from_numpy(rows(root, "query")).float()
     text = json.loads((root / "train.jsonl").read_text().splitlines()[2])["text"]
@@ -210,7 +209,7 @@ def test_output_scores_are_of_each_tokens_own_loss(world, tmp_path, folders):
     for place in (1, 3, ids.shape[1] - 1):
         labels = torch.full_like(ids, -100)
         labels[0, place] = ids[0, place]
-        with GradientCollector(model.base, plan) as collector:
+        with model.collector(plan) as collector:
             model.losses(ids, labels).sum().backward()
         expected = (collector.rows @ query.T)[0].numpy()
         close(found.scores.block(start + place, start + place + 1)[0], expected, 1e-3)

@@ -15,7 +15,6 @@ from gradcore import (
     CapturePlan,
     Fidelity,
     GradCoreError,
-    GradientCollector,
     Identity,
     ModuleGradient,
     gram_fidelity,
@@ -46,7 +45,7 @@ class Yardstick:
         def hold(gradient: ModuleGradient) -> None:
             held.setdefault(gradient.name, []).append(gradient)
 
-        with GradientCollector(model.base, replace(plan, sketch=Identity()), factors=hold):
+        with model.collector(replace(plan, sketch=Identity()), factors=hold):
             self._run(plan)
         for parts in held.values():
             gradient = ModuleGradient.joined(parts)
@@ -60,7 +59,7 @@ class Yardstick:
         """
         if self._batch is None:
             return None
-        with GradientCollector(self._model.base, plan) as collector:
+        with self._model.collector(plan) as collector:
             self._run(plan)
             rows = collector.rows.double()
         try:

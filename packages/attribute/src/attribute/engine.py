@@ -83,7 +83,7 @@ def run_pass(
     Raises:
         ModelError: a loss is not finite; the row is named.
     """
-    with GradientCollector(model.base, plan, per_position=per_position) as collector:
+    with model.collector(plan, per_position=per_position) as collector:
         measure = capturing(model, collector, plan)
         run_windows(model, tokens, windows, sinks, measure, budget=budget, progress=progress)
 

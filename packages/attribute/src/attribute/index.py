@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -246,31 +246,26 @@ def records_of(scratch: Path) -> Iterator[dict[str, Any]]:
 
 def announce(model: LanguageModel, plan: CapturePlan, progress: Progress) -> None:
     """Say what is captured, what is not, and what is peculiar about the model."""
-    report = coverage(model.base, plan)
-    head = model.model.get_output_embeddings()  # type: ignore[operator]
-    shared = {id(parameter) for parameter in model.base.parameters()}
-    outside = sum(parameter.numel() for parameter in head.parameters() if id(parameter) not in shared)
-    total = report.total + outside
+    report = coverage(model.base, plan, model.outside)
     progress.note(
-        f"{len(plan.modules)} modules, {plan.width:,} floats a row; they hold {report.captured / total:.0%} "
-        f"of the model's {total:,} parameters"
+        f"{len(plan.modules)} modules, {plan.width:,} floats a row; they hold {report.share:.0%} "
+        f"of the model's {report.total:,} parameters"
     )
-    if left_out := _left_out(report.left_out, outside):
+    if left_out := _left_out(report.left_out, model.outside):
         progress.note(f"not captured: {left_out}")
-    tied = {name for name, module in model.base.named_modules() if getattr(module, "weight", None) is head.weight}
-    if tied & {module.path for module in plan.modules}:
-        progress.note("the embedding is tied to the output: its gradient is that of the input side")
+    for each in plan.modules:
+        if each.tied:
+            progress.note(f"{each.path} is tied to {', '.join(each.tied)}: its gradient is that of all its uses")
     if not model.fused:
         progress.note("the output head rescales its logits, so the model's own (slower) logits are used")
 
 
-def _left_out(left_out: Iterable[Any], head: int) -> str:
+def _left_out(left_out: Iterable[Any], outside: Container[str]) -> str:
     by_reason: dict[str, int] = {}
     for each in left_out:
         kind = "biases" if each.parameters == ("bias",) else each.kind
+        kind = "output embedding" if each.module in outside else kind
         by_reason[kind] = by_reason.get(kind, 0) + each.floats
-    if head:
-        by_reason["output embedding"] = head
     return ", ".join(f"{kind} {floats:,}" for kind, floats in by_reason.items())
 
 

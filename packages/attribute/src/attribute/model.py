@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from gradcore import (
     MATRICES,
     AttentionConfig,
     CapturePlan,
+    GradientCollector,
     Loss,
     attention_heads,
     model_fingerprint,
@@ -67,6 +69,23 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the model lies."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def outside(self) -> dict[str, nn.Module]:
+        """The output embedding, which lies outside the base, by its name in the whole model."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        inside = {id(module) for module in self.base.modules()}
+        if not isinstance(head, nn.Module) or id(head) in inside:
+            return {}
+        return {next(name for name, module in self.model.named_modules() if module is head): head}
+
+    def module(self, path: str) -> nn.Module:
+        """A module by the name it has in plans."""
+        return self.outside[path] if path in self.outside else self.base.get_submodule(path)
+
+    def collector(self, plan: CapturePlan, **options: Any) -> GradientCollector:
+        """A collector over base and output embedding."""
+        return GradientCollector(self.base, plan, outside=self.outside, **options)
 
     @property
     def vocabulary(self) -> int:
@@ -140,6 +159,8 @@ class LanguageModel:
             include_bias=config.include_bias,
             attention=attention,
             fingerprint=self.fingerprint(),
+            # Who names no modules gets the base's; the output embedding is for who asks for it.
+            outside=self.outside if config.modules else None,
         )
 
 

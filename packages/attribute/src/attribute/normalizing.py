@@ -20,7 +20,6 @@ from attribute.progress import Progress, Quiet
 from gradcore import (
     CapturePlan,
     GradCoreError,
-    GradientCollector,
     Identity,
     ModuleGradient,
     ModulePlan,
@@ -59,7 +58,7 @@ def normalizer_for(
     if not config.normalizer:
         return None
     if config.optimizer_state_path:
-        moments = optimizer_moments(model.model, config.optimizer_state_path, within=model.base)
+        moments = optimizer_moments(model.model, config.optimizer_state_path, within=model.base, outside=model.outside)
         return Normalizer.of_moments(config.normalizer, _needed(moments, plan))
     return fit_normalizer(
         model,
@@ -110,7 +109,7 @@ def fit_normalizer(
         calls.setdefault(gradient.name, []).append(gradient)
 
     progress.start(f"moments for {kind}", int(tokens.lengths[rows].sum()), "tokens")
-    with torch.enable_grad(), evaluating(model), GradientCollector(model.base, whole, factors=hold):
+    with torch.enable_grad(), evaluating(model), model.collector(whole, factors=hold):
         for chosen in plan_batches(tokens.lengths, rows, budget):
             finite_losses(model, assemble(tokens, chosen, model.device), plan).sum().backward()
             for name, parts in calls.items():
@@ -136,7 +135,7 @@ def _whole_modules(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan,
     modules: dict[str, ModulePlan] = {}
     for each in plan.modules:
         if each.head is not None:
-            modules.setdefault(each.path, ModulePlan.of(each.path, model.base.get_submodule(each.path), False))
+            modules.setdefault(each.path, ModulePlan.of(each.path, model.module(each.path), False))
         else:
             modules[each.matrix] = each
     return tuple(modules.values())

@@ -63,7 +63,9 @@ def fit_basis(
 
     progress.start("fit the sketch", 2 * int(lengths[rows].sum()), "tokens")
     total = sum(min(sketch.floats, each.out_features * each.in_features) for each in plan.modules)
-    fitted = fit_spectral(model.base, plan, run, floats=sketch.floats, total=total, seed=sketch.seed)
+    fitted = fit_spectral(
+        model.base, plan, run, floats=sketch.floats, total=total, seed=sketch.seed, outside=model.outside
+    )
     progress.stop()
     return fitted
 

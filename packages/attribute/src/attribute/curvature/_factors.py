@@ -18,7 +18,7 @@ from attribute.data import TokenFile
 from attribute.engine import evaluating
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
-from gradcore import IGNORE, CapturePlan, GradientCollector, ModuleGradient
+from gradcore import IGNORE, CapturePlan, ModuleGradient
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Factors:
 
     Attributes:
         name: the module.
-        out: ``[n, s, out]``, or for a looked-up table the ids ``[n, s]`` (−1: none).
+        out: ``[n, s, out]``, or for a looked-up table the ids ``[n, s]`` (−1: none). A table that also is the output
+            embedding has ``2s`` positions, of either use, and its looked-up side written out.
         given: ``[n, s, in]``.
         positions: which of the ``n·s`` positions can reach a loss, as flat indices.
         table: the one-hot vectors that ``out`` are the ids of.
@@ -65,6 +66,7 @@ class _State:
         self.all = torch.empty(0)
         self.seen = set[str]()
         self.routed = frozenset[str]()
+        self.held = dict[str, list[ModuleGradient]]()
 
     def begin(self, labels: Tensor) -> None:
         """Positions before the last labelled token can change a loss; those after it and the padding cannot."""
@@ -74,6 +76,16 @@ class _State:
         self.mask = places < last[:, None]
         self.all = self.mask.flatten().nonzero().flatten()
         self.seen.clear()
+        self.held.clear()
+
+    def complete(self, gradient: ModuleGradient, uses: int) -> ModuleGradient | None:
+        """The gradient of a weight with so many uses in a forward pass, when the last of them has come."""
+        parts = self.held.setdefault(gradient.name, [])
+        parts.append(gradient)
+        if len(parts) < uses:
+            return None
+        self.once(gradient.name)
+        return ModuleGradient.joined(self.held.pop(gradient.name))
 
     def once(self, name: str) -> None:
         if name in self.seen:
@@ -87,8 +99,10 @@ class _State:
             # An expert's tokens stand packed to the left: those that can reach a loss have a gradient.
             assert out is not None
             return out.flatten(0, 1).any(1).nonzero().flatten()
-        if given.shape[:2] == self.mask.shape:
-            return self.all
+        n, s = self.mask.shape
+        if len(given) == n and given.shape[1] and given.shape[1] % s == 0:
+            uses = given.shape[1] // s
+            return self.all if uses == 1 else self.mask.repeat(1, uses).flatten().nonzero().flatten()
         if len(given) != len(self.mask):
             raise ModelError(
                 f"{name} saw {len(given)} rows in a batch of {len(self.mask)}: it has no gradient of each. A position "
@@ -111,8 +125,12 @@ def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_
     state = _State()
     state.routed = frozenset(each.name for each in plan.modules if each.expert is not None)
 
-    def hand(gradient: ModuleGradient) -> None:
-        state.once(gradient.name)
+    uses = {each.name: 1 + len(each.tied) for each in plan.modules}
+
+    def hand(part: ModuleGradient) -> None:
+        gradient = state.complete(part, uses[part.name])
+        if gradient is None:
+            return None
         if gradient.into is None:
             return on_vector(gradient.name, gradient.dense().flatten(1))
         given, out = _exact(gradient.into), gradient.out
@@ -122,7 +140,7 @@ def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_
         assert out is not None
         return on_factors(Factors(gradient.name, out.ids, given, positions, out))
 
-    with evaluating(model), GradientCollector(model.base, plan, factors=hand):
+    with evaluating(model), model.collector(plan, factors=hand):
         yield state
 
 

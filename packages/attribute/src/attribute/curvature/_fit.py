@@ -10,8 +10,8 @@ Shampoo        out = E_row[G Gᵀ]             in = E_row[Gᵀ G]               
 
 The scale makes the trace of the product that of the Fisher of a row (Martens & Grosse 2015; Gao et al. 2021, theorem
 3.1; Morwani et al. 2024, section 3.1). All are means over tokens or rows, so the batches do not matter. The correction
-is Λ = E_row[(Q_Gᵀ G Q_A)²] (George et al. 2018, section 3). A looked-up table has a diagonal out factor; a vector layer
-has no factors, and keeps E_row[G²].
+is Λ = E_row[(Q_Gᵀ G Q_A)²] (George et al. 2018, section 3). A table over the vocabulary, looked up, multiplied with or
+both, has a diagonal out factor; a vector layer has no factors, and keeps E_row[G²].
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from attribute.curvature._kronecker import Kronecker, KroneckerModule
 from attribute.data import TokenFile
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
-from gradcore import CapturePlan
+from gradcore import CapturePlan, ModulePlan
 
+WIDEST = 16_384
+"""Features of an out side, above which its factor is kept as its diagonal."""
 METHODS = ("kfac", "ekfac", "tkfac", "shampoo", "ev-shampoo")
 _CORRECTED = {"ekfac": "kfac", "ev-shampoo": "shampoo"}
 _FORMED_FLOATS = 1 << 22  # gradients [n, out, in] formed at a time, in floats
@@ -91,7 +93,7 @@ def fit_kronecker(
     for number in range(partitions):
         part = replace(plan, modules=plan.modules[number::partitions])
         label = f" {number + 1}/{partitions}" if partitions > 1 else ""
-        moments = {each.name: _Moments(base, part.shapes[each.name]) for each in part.modules}
+        moments = {each.name: _Moments(base, part.shapes[each.name], _is_table(each)) for each in part.modules}
         sweep(part, f"factors{label}", moments)
         modules = {name: each.finish(len(rows)) for name, each in moments.items()}
         matrices = {name: each for name, each in modules.items() if each.out_values is not None}
@@ -102,6 +104,11 @@ def fit_kronecker(
             modules |= {name: each.finish(len(rows)) for name, each in second.items()}
         found |= modules
     return Kronecker(plan, method, labels, len(rows), {each.name: found[each.name] for each in plan.modules})
+
+
+def _is_table(planned: ModulePlan) -> bool:
+    """Over a vocabulary: out factors of that size have no eigenvectors within reach."""
+    return planned.kind == "embedding" or bool(planned.tied) or planned.out_features > WIDEST
 
 
 def _with_first(part: CapturePlan, whole: CapturePlan) -> CapturePlan:
@@ -117,6 +124,7 @@ class _Moments:
 
     method: str
     shape: tuple[int, ...]
+    diagonal: bool = False
     out: Tensor | None = None
     given: Tensor | None = None
     squares: Tensor | None = None
@@ -129,7 +137,7 @@ class _Moments:
         if self.method == "shampoo":
             for block in _gradients(factors, self.shape):
                 squared = block.square()
-                out = squared.sum((0, 2)) if factors.looked_up else torch.einsum("noi,npi->op", block, block)
+                out = squared.sum((0, 2)) if self.diagonal else torch.einsum("noi,npi->op", block, block)
                 self._sum(out, torch.einsum("noi,noj->ij", block, block))
                 self.mass += squared.sum(dtype=torch.float64).item()
             return
@@ -140,9 +148,14 @@ class _Moments:
             given_mass = given.square().sum(1, keepdim=True)
             out_mass = torch.ones_like(given_mass) if factors.looked_up else out.square().sum(1, keepdim=True)
             self.mass += (given_mass * out_mass).sum(dtype=torch.float64).item()
-        self._sum(
-            self._counts(out, given_mass) if factors.looked_up else _product(out, given_mass), _product(given, out_mass)
-        )
+        if factors.looked_up:
+            out = self._counts(out, given_mass)
+        elif self.diagonal:
+            squares = out.square()
+            out = (squares if given_mass is None else squares.mul_(given_mass)).sum(0)
+        else:
+            out = _product(out, given_mass)
+        self._sum(out, _product(given, out_mass))
 
     def add_vector(self, gradient: Tensor) -> None:
         squares = gradient.double().square().sum(0)

@@ -19,7 +19,7 @@ from attribute._errors import AttributionError
 from attribute.batching import Batch
 from attribute.engine import evaluating
 from attribute.model import LanguageModel
-from gradcore import IGNORE, CapturePlan, GradientCollector, Identity
+from gradcore import IGNORE, CapturePlan, Identity
 
 _KINDS = ("linear", "hf_conv1d", "embedding", "layer_norm", "rms_norm")
 
@@ -60,7 +60,9 @@ class GaussNewton:
 
     def _one(self, batch: Batch, direction: Tensor) -> Tensor:
         base, ids = self.model.base, batch.input_ids
-        tangents = self.directions(direction)
+        every = self.directions(direction)
+        head = {each for path in self.model.outside for each in (f"{path}.weight", f"{path}.bias")}
+        tangents = {name: tangent for name, tangent in every.items() if name not in head}
         primals = {name: base.get_parameter(name).detach() for name in tangents}
 
         def hidden_of(parameters: dict[str, Tensor]) -> Tensor:
@@ -69,34 +71,54 @@ class GaussNewton:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns about its own scripted derivatives
             hidden, change = jvp(hidden_of, (primals,), (tangents,))[:2]
-            push = self._vocabulary(hidden, change, batch.labels)
-        with GradientCollector(base, self.plan) as collector:
-            base(input_ids=ids, use_cache=False)[0].backward(push)
+            turned = {name.rpartition(".")[2]: tangent for name, tangent in every.items() if name in head}
+            counted, push = self._vocabulary(hidden, change, turned, batch.labels)
+        with self.model.collector(self.plan) as collector:
+            hidden = base(input_ids=ids, use_cache=False)[0]
+            if turned:  # through the head's own forward pass, where the collector sees it
+                (output,) = self.model.outside.values()
+                whole = push.new_zeros(*counted.shape, push.shape[-1])
+                whole[counted] = push
+                output(hidden).backward(whole.to(hidden.dtype))
+            else:
+                weight = self._head.weight.float()
+                back = torch.zeros_like(hidden)
+                back[counted] = (push @ weight).to(hidden.dtype)
+                hidden.backward(back)
             return collector.take().sum(0)
 
-    def _vocabulary(self, hidden: Tensor, change: Tensor, labels: Tensor) -> Tensor:
-        """Wᵀ (diag p − p pᵀ) W dh at every position whose token carries loss."""
-        head = self.model.model.get_output_embeddings()  # type: ignore[operator]
+    @property
+    def _head(self) -> nn.Linear:
+        return self.model.model.get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+    def _vocabulary(
+        self, hidden: Tensor, change: Tensor, turned: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where a token carries loss ``[n, s]``, and (diag p − p pᵀ) dl there, with dl = W dh + dW h + db."""
+        head = self._head
         counted = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
         counted[:, :-1] = labels[:, 1:] != IGNORE
-        p = nn.functional.linear(hidden[counted], head.weight, head.bias).float().softmax(-1)
+        some = hidden[counted]
+        p = nn.functional.linear(some, head.weight, head.bias).float().softmax(-1)
         moved = change[counted].float() @ head.weight.float().T
+        if turned:
+            moved += some.float() @ turned["weight"].float().T
+            moved += turned["bias"].float() if "bias" in turned else 0.0
         push = p * (moved - (p * moved).sum(-1, keepdim=True))
-        found = torch.zeros_like(hidden)
-        found[counted] = (push @ head.weight.float()).to(hidden.dtype)
         if self.plan.reduction == "mean":
-            found /= counted.sum(1).clamp(min=1)[:, None, None]
-        return found
+            push /= counted.sum(1).clamp(min=1)[:, None].expand(counted.shape)[counted][:, None]
+        return counted, push
 
     def directions(self, row: Tensor) -> dict[str, Tensor]:
         """A row ``[width]`` as parameter name → direction in the parameter's own shape."""
         found = dict[str, Tensor]()
         for planned in self.plan.modules:
             matrix = row[self.plan.slices[planned.name]].reshape(planned.out_features, planned.in_features)
-            weight = self.model.base.get_parameter(f"{planned.path}.weight")
+            weight = self.model.module(planned.path).get_parameter("weight")
             if planned.bias:
                 found[f"{planned.path}.bias"] = matrix[:, -1].to(weight.dtype)
                 matrix = matrix[:, :-1]
             matrix = matrix.T if planned.kind == "hf_conv1d" else matrix
-            found[f"{planned.path}.weight"] = matrix.reshape(weight.shape).to(weight.dtype)
+            for path in (planned.path, *planned.tied):
+                found[f"{path}.weight"] = matrix.reshape(weight.shape).to(weight.dtype)
         return found

@@ -26,7 +26,7 @@ from attribute.engine import MemorySink, RowBlock, labelled_tokens, run_windows
 from attribute.methods._estimator import Estimator, register_estimator
 from attribute.methods._study import Checkpoint, Study
 from attribute.model import LanguageModel
-from gradcore import IGNORE, CapturePlan, GradientCollector, TwoSided
+from gradcore import IGNORE, CapturePlan, TwoSided
 
 
 @register_estimator
@@ -58,7 +58,7 @@ class Trak(Estimator):
 def _log_odds(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, budget: int) -> tuple[np.ndarray, np.ndarray]:
     """Sketched gradients of −Σ log p/(1−p) ``[rows, width]``, and the mean p ``[rows]``."""
     sink = MemorySink(len(tokens), plan.width)
-    with torch.enable_grad(), GradientCollector(model.base, plan) as collector:
+    with torch.enable_grad(), model.collector(plan) as collector:
 
         def measure(batch: Batch) -> RowBlock:
             logits = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()

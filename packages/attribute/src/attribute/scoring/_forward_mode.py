@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from attribute._errors import ModelError
 from attribute.batching import Batch
 from attribute.engine import finite_losses
 from attribute.model import LanguageModel
-from gradcore import CapturePlan
+from gradcore import CapturePlan, ModuleGradient, ModulePlan
 from gradcore.layers import layer_for
 
 Assemble = Callable[[nn.Module, Tensor, bool], dict[str, Tensor]]
@@ -31,10 +32,14 @@ Assemble = Callable[[nn.Module, Tensor, bool], dict[str, Tensor]]
 
 def impossible(model: LanguageModel, plan: CapturePlan) -> str:
     """Why the model cannot be differentiated forward, or ``""``."""
+    if plan.normalizer is not None:
+        return f"gradients under the normaliser {plan.normalizer.kind} are no directions of the weights"
+    if _outputs(model, plan) and not model.fused:
+        return "the output head rescales its logits, and is captured (--exclude leaves it out)"
     for planned in plan.modules:
         if planned.kind not in _ASSEMBLE:
             return f"{planned.name} is a {planned.kind}, whose parameters are not known as directions"
-        weight = getattr(model.base.get_submodule(planned.path), "weight", None)
+        weight = getattr(model.module(planned.path), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             return f"{planned.name} is quantised, and has no derivative along its weight"
         if type(weight) is not nn.Parameter:
@@ -46,7 +51,7 @@ def directions(model: LanguageModel, plan: CapturePlan, query: Tensor) -> dict[s
     """A query ``[width]`` of whole gradients as parameter name → direction of the parameter's own shape."""
     found = dict[str, Tensor]()
     for planned in plan.modules:
-        module = model.base.get_submodule(planned.path)
+        module = model.module(planned.path)
         matrix = query[plan.slices[planned.name]].reshape(planned.out_features, planned.in_features)
         if (head := planned.head) is not None:
             matrix = _spread(module, matrix, head.side, head.start, planned.bias)
@@ -65,6 +70,8 @@ def token_derivatives(
         ModelError: the model uses an operation without a forward derivative.
     """
     parameters = dict(model.base.named_parameters(remove_duplicate=False))
+    moved = _outputs(model, plan)
+    alone = {f"{planned.path}." for planned in moved if planned.path in model.outside}
     try:
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel([SDPBackend.MATH]), warnings.catch_warnings():
             # Some of torch's own derivatives are scripted when they are first needed, which it warns about itself.
@@ -72,6 +79,7 @@ def token_derivatives(
             dual = {
                 name: forward_ad.make_dual(parameters[name].detach(), tangent.to(parameters[name].dtype))
                 for name, tangent in tangents.items()
+                if not name.startswith(tuple(alone))
             }
             hidden, change = forward_ad.unpack_dual(_hidden(model, dual, batch.input_ids))
     except (NotImplementedError, RuntimeError) as error:
@@ -81,7 +89,9 @@ def token_derivatives(
         ) from error
     if change is None:
         change = torch.zeros_like(hidden)
-    return _through_loss(model, batch, hidden, change, plan)
+    shares, losses = _through_loss(model, batch, hidden, change, plan, tangents)
+    # Position s predicts token s + 1, and the first token is predicted by nothing.
+    return torch.cat((shares.new_zeros(len(shares), 1), shares[:, :-1]), dim=1), losses
 
 
 def _hidden(model: LanguageModel, dual: dict[str, Tensor], input_ids: Tensor) -> Tensor:
@@ -91,16 +101,37 @@ def _hidden(model: LanguageModel, dual: dict[str, Tensor], input_ids: Tensor) ->
     )[0]
 
 
+def _outputs(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan, ...]:
+    """The planned modules that are the output embedding, or tied to it."""
+    return tuple(each for each in plan.modules if {each.path, *each.tied} & model.outside.keys())
+
+
 def _through_loss(
-    model: LanguageModel, batch: Batch, hidden: Tensor, change: Tensor, plan: CapturePlan
+    model: LanguageModel,
+    batch: Batch,
+    hidden: Tensor,
+    change: Tensor,
+    plan: CapturePlan,
+    tangents: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    leaf = hidden.detach().requires_grad_()
-    with torch.enable_grad(), _standing_in(model.base, leaf):
+    """What each position contributes ``[n, s]``, and the losses ``[n]``."""
+    leaf, held = hidden.detach().requires_grad_(), list[ModuleGradient]()
+    outputs = _outputs(model, plan)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_standing_in(model.base, leaf))
+        if outputs:  # the loss changes with the output embedding, too: ⟨∂ℓ/∂W, dW⟩ by position
+            part = replace(plan, modules=outputs)
+            stack.enter_context(model.collector(part, factors=held.append, per_position=True))
         losses = finite_losses(model, batch, plan)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    shares = (gradient.float() * change.float()).sum(-1)  # [n, s]: what position s contributes
-    # Position s predicts token s + 1, and the first token is predicted by nothing.
-    return torch.cat((shares.new_zeros(len(shares), 1), shares[:, :-1]), dim=1), losses.detach()
+    shares = (gradient.float() * change.float()).sum(-1)
+    for planned, found in zip(outputs, held):
+        direction = tangents[f"{planned.path}.weight"]
+        if planned.bias:
+            direction = torch.cat((direction, tangents[f"{planned.path}.bias"][:, None]), dim=1)
+        shares += found.dot(direction[None]).view_as(shares)
+    return shares, losses.detach()
 
 
 @contextmanager

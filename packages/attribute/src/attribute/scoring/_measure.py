@@ -43,11 +43,11 @@ def measuring(model: LanguageModel, queries: Queries) -> Iterator[Measure]:
         return
     plan, tokens = queries.plan, bool(queries.config.tokens)
     if not isinstance(plan.sketch, Identity):
-        with GradientCollector(model.base, plan, per_position=tokens) as collector:
+        with model.collector(plan, per_position=tokens) as collector:
             yield _by_rows(model, queries, collector)
         return
     meeting = _Meeting(queries)
-    with GradientCollector(model.base, plan, factors=meeting.receive, per_position=tokens):
+    with model.collector(plan, factors=meeting.receive, per_position=tokens):
         yield _by_factors(model, queries, meeting)
 
 

@@ -23,7 +23,7 @@ from attribute.normalizing import save_normalizer
 from attribute.progress import Progress, Quiet
 from attribute.run import refuse_finished, remove_run, scratch_beside
 from attribute.scoring._config import ReduceConfig
-from gradcore import CapturePlan, GradientCollector, Identity, ModuleGradient, Spectral
+from gradcore import CapturePlan, Identity, ModuleGradient, Spectral
 from gradstore import GradientStore, StoreWriter
 
 
@@ -200,10 +200,10 @@ def _summing(model: LanguageModel, plan: CapturePlan, sums: _Sums) -> Iterator[M
         def hold(gradient: ModuleGradient) -> None:
             held.setdefault(gradient.name, []).append(gradient)
 
-        with GradientCollector(model.base, plan, factors=hold):
+        with model.collector(plan, factors=hold):
             yield by_factors
         return
-    with GradientCollector(model.base, plan) as collector:
+    with model.collector(plan) as collector:
 
         def by_rows(batch: Batch) -> RowBlock:
             losses = run(batch)

@@ -22,6 +22,7 @@ def optimizer_moments(
     optimizer: torch.optim.Optimizer | Mapping[str, Any] | str | Path,
     *,
     within: nn.Module | None = None,
+    outside: Mapping[str, nn.Module] | None = None,
     bias_corrected: bool = False,
 ) -> dict[str, Tensor]:
     """Second moments of the weights by module path, as gradients lie: ``[out, in]``, with a bias one column more.
@@ -39,6 +40,7 @@ def optimizer_moments(
             ``optimizer.pt``, or a checkpoint folder with one. A state names parameters by number: in the model's order,
             or in Hugging Face's two groups, those with weight decay first.
         within: the part of the model whose modules are captured; paths are relative to it.
+        outside: captured modules that lie elsewhere, by the names they have in plans.
         bias_corrected: divide by ``1 − β₂ᵗ``, as Adam does before it takes the root.
 
     Raises:
@@ -47,7 +49,7 @@ def optimizer_moments(
     """
     by_parameter = _live(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else _saved(model, optimizer)
     found: dict[str, Tensor] = {}
-    for path, module in (within or model).named_modules():
+    for path, module in {**dict((within or model).named_modules()), **(outside or {})}.items():
         layer = layer_for(module)
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if layer is None or id(weight) not in by_parameter:
