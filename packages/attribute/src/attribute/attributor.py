@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attribute._device_search import search_on
 from attribute._errors import RunError
 from attribute.methods import method_named
-from attribute.model import pick_device
+from attribute.model import output_embedding, pick_device
 from attribute.spectral import plan_of
 from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
 from gradstore import FaissConfig, FaissIndex, GradientStore, SearchResult
@@ -176,15 +176,18 @@ class Attributor:
         loss that was differentiated: ``model(...).loss`` is a mean over tokens.
 
         Args:
-            module: the base model whose gradients the store holds (``model.base_model``).
+            module: the base model whose gradients the store holds (``model.base_model``); the whole model where it
+                holds those of the output embedding, too.
             k, modules, reverse: as for :meth:`search`.
 
         Raises:
             RunError: other weights than those the store was made from.
         """
-        require_same_weights(self.plan, module, str(self.store.path))
+        base = getattr(module, "base_model", module)
+        outside = output_embedding(module, base)
+        require_same_weights(self.plan, base, str(self.store.path), outside)
         result = Attribution(self.store, reverse)
-        with GradientCollector(module, self.plan) as collector:
+        with GradientCollector(base, self.plan, outside=outside) as collector:
             yield result
         result._found = self.search(collector.rows, k, modules=modules)._found
 
@@ -206,12 +209,18 @@ def record_text(record: Mapping[str, Any]) -> str:
     return "".join(str(value) for value in record.values() if isinstance(value, str))
 
 
-def require_same_weights(plan: CapturePlan, module: nn.Module, index: str) -> None:
-    """Raise :class:`RunError` unless the module's weights are those the plan was made for."""
-    names = dict(module.named_modules())
-    absent = next((planned.path for planned in plan.modules if planned.path not in names), None)
+def require_same_weights(
+    plan: CapturePlan, module: nn.Module, index: str, outside: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Raise :class:`RunError` unless the weights of base and output embedding are those the plan was made for."""
+    names = {*dict(module.named_modules()), *(outside or {})}
+    uses = (path for planned in plan.modules for path in (planned.path, *planned.tied))
+    absent = next((path for path in uses if path not in names), None)
     if absent is not None:
-        raise RunError(f"{index} was made from another model: this one has no module {absent!r}")
+        raise RunError(
+            f"{index} was made from another model: this one has no module {absent!r} (where that is the output "
+            "embedding, pass the whole model, not its base)"
+        )
     if plan.model and plan.model != model_fingerprint(module):
         raise RunError(
             f"{index} was made from other weights than these: gradients of different models do not compare. "

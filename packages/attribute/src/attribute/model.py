@@ -73,11 +73,7 @@ class LanguageModel:
     @cached_property
     def outside(self) -> dict[str, nn.Module]:
         """The output embedding, which lies outside the base, by its name in the whole model."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        inside = {id(module) for module in self.base.modules()}
-        if not isinstance(head, nn.Module) or id(head) in inside:
-            return {}
-        return {next(name for name, module in self.model.named_modules() if module is head): head}
+        return output_embedding(self.model, self.base)
 
     def module(self, path: str) -> nn.Module:
         """A module by the name it has in plans."""
@@ -162,6 +158,14 @@ class LanguageModel:
             # Who names no modules gets the base's; the output embedding is for who asks for it.
             outside=self.outside if config.modules else None,
         )
+
+
+def output_embedding(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
+    """The output embedding of a model by its name there, where it lies outside the base."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module) or any(module is head for module in base.modules()):
+        return {}
+    return {next(name for name, module in model.named_modules() if module is head): head}
 
 
 def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revision: str = "") -> LanguageModel:

@@ -51,7 +51,7 @@ class Asker:
         config = IndexConfig.from_dict(store.meta["config"])
         name = model or config.model
         loaded = model_of(config, name=name, device=device)
-        require_same_weights(plan, loaded.base, str(index))
+        require_same_weights(plan, loaded.base, str(index), loaded.outside)
         if store.plan["head"] != loaded.head_fingerprint():
             raise RunError(f"{index} was made with another output embedding than {name!r} has: its gradients differ")
         return cls(store, loaded, load_tokenizer(config.tokenizer or name, config.revision), config)

@@ -165,7 +165,7 @@ def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
 
 
 def _require_same_model(queries: Queries, model: LanguageModel, path: str) -> None:
-    require_same_weights(queries.plan, model.base, path)
+    require_same_weights(queries.plan, model.base, path, model.outside)
     if queries.store.plan["head"] != model.head_fingerprint():
         raise RunError(f"{path} was made with another output embedding than {model.name!r} has: its gradients differ")
 
