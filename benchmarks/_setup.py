@@ -20,24 +20,6 @@ def assets() -> Path:
     return found
 
 
-def pythia_14m():
-    """A GPT-NeoX of Pythia-14m's shape with random weights."""
-    import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=50304,
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-    )
-    return GPTNeoXForCausalLM(config).eval()
-
-
 def articles(count: int) -> list[str]:
     """The first WikiText-2 articles of validation and test."""
     text = "\n".join((assets() / "text" / f"wikitext2-{part}.txt").read_text() for part in ("valid", "test"))

@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from _setup import articles, assets, pythia_14m
+from _setup import articles, assets
+from _shapes import model_of
 
 _MEASURE = """
 import resource, subprocess, sys
@@ -55,7 +56,7 @@ def main() -> None:
             pad_token="<|endoftext|>",
             model_max_length=2048,
         )
-        pythia_14m().save_pretrained(folder / "model")
+        model_of("pythia-14m").save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         texts = articles(options.documents)
         cut = [tokenizer.decode(tokenizer(text)["input_ids"][: options.length - 8]) for text in texts]

@@ -19,7 +19,8 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from _setup import articles, interleaved, pythia_14m
+from _setup import articles, interleaved
+from _shapes import model_of
 
 from gradstore import GradientStore, StoreWriter
 
@@ -73,7 +74,7 @@ def building(folder: Path, repeats: int) -> float:
 
     words = articles(60)
     records = [{"input_ids": [zlib.crc32(word.encode()) % 50_000 for word in text.split()[:300]]} for text in words]
-    model, config = pythia_14m(), IndexConfig(projection_dim=16, data=DataConfig(truncation=True))
+    model, config = model_of("pythia-14m"), IndexConfig(projection_dim=16, data=DataConfig(truncation=True))
 
     def build() -> None:
         shutil.rmtree(folder / "run", ignore_errors=True)
