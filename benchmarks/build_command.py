@@ -27,15 +27,17 @@ import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 if done.returncode:
     sys.exit(done.stderr[-2000:].decode())
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_maxrss, used.ru_utime + used.ru_stime)
 """
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident gigabytes of a command and its children."""
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, peak resident gigabytes and processor seconds of a command and its children."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _MEASURE, *command], stdout=subprocess.PIPE, check=True)
-    return time.perf_counter() - began, int(done.stdout) / 1e6
+    peak, processor = done.stdout.split()
+    return time.perf_counter() - began, int(peak) / 1e6, float(processor)
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             for name, command in commands.items():
                 run = str(folder / f"{name}-{repeat}")
-                wall, peak = measure([run if part == "RUN" else part for part in command])
+                wall, peak, _ = measure([run if part == "RUN" else part for part in command])
                 seconds[name].append(wall)
                 memory[name].append(peak)
         result = {

@@ -2,8 +2,8 @@
 
     PEER_PYTHON benchmarks/ekfac_peer.py MODEL TRAIN.jsonl QUERIES.jsonl SCORES.npy FOLDER
 
-Rows are ``{"input_ids": [...]}`` of one length. Every linear layer but the output embedding is tracked (HF ``Conv1D`` is
-replaced by ``nn.Linear`` first, which kronfluence needs), labels are sampled, damping is 0.1 of the mean eigenvalue.
+Rows are ``{"input_ids": [...]}`` of one length. Every linear layer but the output embedding is tracked (HF ``Conv1D``
+is replaced by ``nn.Linear`` first, which kronfluence needs), labels are sampled, damping is 0.1 of the mean eigenvalue.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def main() -> None:
     task = NextToken(names)
     model = prepare_model(model, task)
     sides = [
-        torch.tensor([json.loads(line)["input_ids"] for line in open(path, encoding="utf-8")])
+        torch.tensor([json.loads(line)["input_ids"] for line in Path(path).read_text(encoding="utf-8").splitlines()])
         for path in (train, queries)
     ]
     rows, asked = sides

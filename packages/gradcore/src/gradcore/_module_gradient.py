@@ -11,7 +11,7 @@ from torch import Tensor
 from gradcore._errors import GradCoreError
 from gradcore._factors import Factor, OneHot
 
-FORMED_FLOATS = 1 << 24
+FORMED_FLOATS = 1 << 22
 """Floats of gradients or of ghost products that exist at once."""
 
 

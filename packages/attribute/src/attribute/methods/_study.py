@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from attribute._errors import AttributionError
-from attribute.batching import assemble, plan_batches
+from attribute.batching import Batch, assemble, plan_batches
 from attribute.curvature import Gram, Kronecker, fit_kronecker
 from attribute.curvature._gram import GramSums
 from attribute.data import TokenFile
-from attribute.engine import RowBlock, evaluating, gradients_of, run_pass
+from attribute.engine import (
+    RowBlock,
+    evaluating,
+    finite_losses,
+    gradients_of,
+    labelled_tokens,
+    run_pass,
+    run_windows,
+)
+from attribute.meeting import Meeting
 from attribute.model import LanguageModel
 from attribute.normalizing import fit_normalizer
 from attribute.progress import Progress, Quiet
@@ -130,16 +139,31 @@ class Study:
         self, directions: np.ndarray, *, model: LanguageModel | None = None, unit_rows: bool = False
     ) -> np.ndarray:
         """⟨direction, gradient of row⟩ by one pass, ``[q, rows]``; with ``unit_rows`` over the norm of the row."""
-        found = np.zeros((len(directions), len(self.rows)), dtype=np.float32)
-        right = torch.from_numpy(np.ascontiguousarray(directions.T, dtype=np.float32)).to(self.model.device)
+        found, running = np.zeros((len(directions), len(self.rows)), dtype=np.float32), model or self.model
+        right = torch.from_numpy(np.ascontiguousarray(directions, dtype=np.float32)).to(running.device)
+        asked = {
+            name: right[:, columns].unflatten(1, self.plan.shapes[name]) for name, columns in self.plan.slices.items()
+        }
+        meeting = Meeting(lambda name: [asked[name]], norms=unit_rows)
+        self.progress.start("scores", int(self.rows.lengths.sum()), "tokens")
 
-        def add(block: RowBlock) -> None:
-            scores = block.gradients.float() @ right
-            if unit_rows:
-                scores /= block.gradients.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
-            found[:, block.rows] = scores.T.cpu().numpy()
+        def measure(batch: Batch) -> RowBlock:
+            losses = finite_losses(running, batch, self.plan)
+            losses.sum().backward()
+            scores, squares = meeting.take()
+            if squares is not None:
+                scores = scores / squares.sqrt().clamp(min=1e-30)[:, None]
+            return RowBlock(batch.rows, scores, losses.detach(), labelled_tokens(batch))
 
-        self.visit(add, model)
+        def keep(block: RowBlock) -> None:
+            found[:, block.rows] = block.gradients.T.cpu().numpy()
+
+        windows = [(0, 0, len(self.rows))]
+        with torch.enable_grad(), running.collector(self.plan, factors=meeting.receive):
+            run_windows(
+                running, self.rows, windows, [_Visitor(keep)], measure, budget=self.budget, progress=self.progress
+            )
+        self.progress.stop()
         return found
 
     def hidden(self, tokens: TokenFile, *, embedding: bool = False) -> np.ndarray:

@@ -15,10 +15,11 @@ from torch import Tensor
 from attribute._errors import ModelError
 from attribute.batching import Batch
 from attribute.engine import Measure, RowBlock, by_position, finite_losses, labelled_tokens
+from attribute.meeting import Meeting
 from attribute.model import LanguageModel
 from attribute.scoring import _forward_mode
 from attribute.scoring._queries import Queries
-from gradcore import GradientCollector, Identity, ModuleGradient
+from gradcore import GradientCollector, Identity
 
 
 def route_of(queries: Queries) -> str:
@@ -46,7 +47,12 @@ def measuring(model: LanguageModel, queries: Queries) -> Iterator[Measure]:
         with model.collector(plan, per_position=tokens) as collector:
             yield _by_rows(model, queries, collector)
         return
-    meeting = _Meeting(queries)
+    normalizer = plan.normalizer
+    meeting = Meeting(
+        lambda name: [queries.module(name, number) for number in range(len(queries.slices))],
+        norms=queries.config.unit_normalize,
+        waits=normalizer is not None and not normalizer.factored,
+    )
     with model.collector(plan, factors=meeting.receive, per_position=tokens):
         yield _by_factors(model, queries, meeting)
 
@@ -61,7 +67,7 @@ def _by_rows(model: LanguageModel, queries: Queries, collector: GradientCollecto
     return _backward(model, queries, scores)
 
 
-def _by_factors(model: LanguageModel, queries: Queries, meeting: _Meeting) -> Measure:
+def _by_factors(model: LanguageModel, queries: Queries, meeting: Meeting) -> Measure:
     def scores(batch: Batch) -> Tensor:
         found, squares = meeting.take()
         return _finished(found, None if squares is None else squares.sqrt(), queries)
@@ -94,57 +100,6 @@ def _nearest(scores: Tensor, queries: Queries) -> Tensor:
     """The largest of the last axis; queries without a gradient are near to nothing."""
     empty = torch.from_numpy(queries.empty).to(scores.device)
     return scores.masked_fill(empty, float("-inf")).amax(-1, keepdim=True)
-
-
-class _Meeting:
-    """Scores of the batch at hand, summed over the modules as their factors come."""
-
-    def __init__(self, queries: Queries) -> None:
-        self._queries = queries
-        self._norms = queries.config.unit_normalize
-        # Norms need all calls of a module together; gradients that a normaliser formed come in blocks of examples.
-        normalizer = queries.plan.normalizer
-        self._waits = self._norms or (normalizer is not None and not normalizer.factored)
-        self._held: dict[str, list[ModuleGradient]] = {}
-        self._scores: Tensor | None = None
-        self._squares: Tensor | None = None
-
-    def receive(self, gradient: ModuleGradient) -> None:
-        """One module's factors, met at once or when the batch ends."""
-        self._held.setdefault(gradient.name, []).append(gradient)
-        if not self._waits:
-            self._meet(gradient.name)
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        """Scores ``[n, q]`` and squared norms ``[n]`` of the batch."""
-        for name in list(self._held):
-            self._meet(name)
-        scores, squares = self._scores, self._squares
-        self._scores = self._squares = None
-        assert scores is not None
-        return scores, squares
-
-    def _meet(self, name: str) -> None:
-        gradient = ModuleGradient.joined(self._held.pop(name))
-        found = []
-        for number in range(len(self._queries.slices)):
-            query = self._queries.module(name, number)
-            if self._norms and number == 0:
-                if isinstance(query, Tensor):
-                    dots, squares = gradient.dot_and_sq_norm(query)
-                else:
-                    dots, squares = gradient.dot(query), gradient.sq_norm()
-                self._squares = squares if self._squares is None else self._squares + squares
-            else:
-                dots = gradient.dot(query)
-            found.append(dots)
-        scores = torch.cat(found, dim=1)
-        if self._scores is not None and len(self._scores) != len(scores):
-            raise ModelError(
-                f"{name} has {len(scores)} gradients in this batch, modules before it {len(self._scores)}: it does not "
-                "see every token of every row (--modules chooses others)"
-            )
-        self._scores = scores if self._scores is None else self._scores + scores
 
 
 def _by_forward_mode(model: LanguageModel, queries: Queries) -> Measure:
