@@ -4,25 +4,27 @@
 
 Every linear layer; the spectral basis is fitted on documents that are not compared. Printed are the mean Spearman
 correlation of cosines, the share of the five nearest rows that are found, and the error of inner products; means over
-three seeds where a sketch is random. The last lines are the relative noise of a rank-1 gradient's squared norm, over
-2,000 seeds.
+three seeds where a sketch is random. "by energy" is a tensor sketch whose modules share the floats.
+The last lines are the relative noise of a rank-1 gradient's squared norm, over 2,000 seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from _setup import assets
 
+from attribute._fidelity import share_by_energy
 from attribute.config import IndexConfig
 from attribute.data import Row, TokenFile, TokenFileWriter
 from attribute.engine import capturing_nothing, gradients_of, run_windows
 from attribute.model import load_model, load_tokenizer
-from gradcore import Identity, TensorSketch, TwoSided, fidelity, fit_spectral, with_residual
+from gradcore import CapturePlan, Identity, TensorSketch, TwoSided, fidelity, fit_spectral, with_residual
 
 
 def pieces(name: str, letters: int) -> list[str]:
@@ -64,7 +66,7 @@ def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[i
     plan = model.plan(IndexConfig(projection_dim=0))
     exact = torch.from_numpy(gradients_of(model, rows, plan))
     print(f"{name}: {len(plan.modules)} modules, {plan.width:,} exact floats, {len(rows)} rows, {len(sample)} to fit")
-    names = ("two-sided", "tensor", "spectral", "by λ", "and rest")
+    names = ("two-sided", "tensor", "by energy", "spectral", "by λ", "and rest")
     print(f"{'floats a module':>16} " + " ".join(f"{each:>19}" for each in names))
     near = nearest(exact)
 
@@ -78,16 +80,26 @@ def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[i
         windows = [(0, 0, len(sample))]
         run_windows(model, sample, windows, [], capturing_nothing(model, plan), budget=4096)
 
-    from dataclasses import replace
-
     for count in floats:
         two = [judged(replace(plan, sketch=TwoSided(round(count**0.5), seed=seed))) for seed in range(3)]
-        tensor = [judged(replace(plan, sketch=TensorSketch(count, seed=seed))) for seed in range(3)]
+        tensor = [judged(tensor_plan(plan, count, seed)) for seed in range(3)]
+        shared = [judged(share_by_energy(model, sample, tensor_plan(plan, count, s), budget=4096)) for s in range(3)]
         spectral = judged(fit_spectral(model.base, plan, run, floats=count))
         fitted = fit_spectral(model.base, plan, run, total=count * len(plan.modules))
-        columns = (np.mean(two, 0), np.mean(tensor, 0), spectral, judged(fitted), judged(with_residual(fitted)))
+        columns = (
+            np.mean(two, 0),
+            np.mean(tensor, 0),
+            np.mean(shared, 0),
+            spectral,
+            judged(fitted),
+            judged(with_residual(fitted)),
+        )
         print(f"{count:16,} " + " ".join(f"{s:7.4f} {o:4.2f} {e:6.4f}" for s, o, e in columns), flush=True)
     assert isinstance(plan.sketch, Identity)
+
+
+def tensor_plan(plan: CapturePlan, count: int, seed: int) -> CapturePlan:
+    return replace(plan, sketch=TensorSketch(count, seed))
 
 
 def nearest(rows: torch.Tensor, count: int = 5) -> list[list[int]]:

@@ -56,11 +56,10 @@ def test_spectral_rows_are_nearer_to_the_exact_ones(config, tmp_path):
     assert fit["spectral"].error < fit["tensor"].error
 
 
-def test_a_stopped_build_goes_on_in_its_own_basis(config, tmp_path, monkeypatch):
+def begin(path: Path, config: IndexConfig, monkeypatch) -> None:
+    """A build that stops after two windows."""
     from attribute import index
     from attribute.engine import run_pass
-
-    whole = build_index(tmp_path / "whole", config)
 
     class Stopped(Exception):
         pass
@@ -74,11 +73,16 @@ def test_a_stopped_build_goes_on_in_its_own_basis(config, tmp_path, monkeypatch)
 
         run_pass(model, tokens, plan, some(), sinks, **options)
 
-    monkeypatch.setattr(index, "run_pass", stopping)
-    with pytest.raises(Stopped):
-        build_index(tmp_path / "begun", config)
-    monkeypatch.setattr(index, "run_pass", run_pass)
-    monkeypatch.setattr(index, "fit_basis", lambda *_, **__: pytest.fail("fitted again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "run_pass", stopping)
+        with pytest.raises(Stopped):
+            build_index(path, config)
+
+
+def test_a_stopped_build_goes_on_in_its_own_basis(config, tmp_path, monkeypatch):
+    whole = build_index(tmp_path / "whole", config)
+    begin(tmp_path / "begun", config, monkeypatch)
+    monkeypatch.setattr("attribute.index.fit_basis", lambda *_, **__: pytest.fail("fitted again"))
     begun = build_index(tmp_path / "begun", config)
     np.testing.assert_array_equal(begun.block(0, begun.rows), whole.block(0, whole.rows))
     assert plan_of(begun) == plan_of(whole)
@@ -126,6 +130,30 @@ def test_what_a_sketch_keeps_is_measured_and_said(config, tmp_path):
 def shuffled_rows_of(store: GradientStore) -> np.ndarray:
     losses = store.side("loss")
     return np.random.default_rng(0).permutation(np.flatnonzero(losses > 0))
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("tensor", "energy"), ("sparse", "shape"), ("spectral", "equal")])
+def test_modules_share_floats_as_asked(kind, budget, config, tmp_path, monkeypatch):
+    asked = replace(config, sketch_kind=kind, sketch_floats=64, sketch_budget=budget)
+    store = build_index(tmp_path / "run", asked)
+    counts = set(plan_of(store).columns.values())
+    assert len(counts) == 1 if budget == "equal" else len(counts) > 1
+    assert store.width <= 64 * len(store.columns)
+    text = store.data(3)["text"]
+    assert Asker.open(tmp_path / "run").ask([{"text": text}], QueryConfig(top_k=1)).proponents(0)[0].text == text
+
+    begin(tmp_path / "begun", asked, monkeypatch)
+    monkeypatch.setattr("attribute.index.share_by_energy", lambda *_, **__: pytest.fail("shared again"))
+    assert plan_of(build_index(tmp_path / "begun", asked)) == plan_of(store)
+
+
+def test_budgets_a_sketch_cannot_have_are_refused():
+    with pytest.raises(AttributionError, match="spectral shares floats by energy or equally"):
+        IndexConfig(sketch_budget="shape")
+    with pytest.raises(AttributionError, match="--sketch-budget energy needs --sketch spectral, tensor"):
+        IndexConfig(projection_dim=16, sketch_budget="energy")
+    with pytest.raises(AttributionError, match="--sketch-budget must be one of equal, shape, energy"):
+        IndexConfig(sketch_budget="lots")
 
 
 def test_too_few_rows_are_not_measured(config, tmp_path):

@@ -1,12 +1,14 @@
-"""What a run's sketch keeps of its own gradients, measured before the first row is stored."""
+"""What a run's sketch keeps of its own gradients, and how modules share its floats, before any row is stored."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from attribute.batching import assemble
+from attribute._errors import DataError
+from attribute.batching import Batch, assemble
 from attribute.data import TokenFile
 from attribute.engine import evaluating, finite_losses
 from attribute.model import LanguageModel
@@ -17,7 +19,9 @@ from gradcore import (
     GradCoreError,
     Identity,
     ModuleGradient,
+    energies,
     gram_fidelity,
+    share_floats,
 )
 
 ROWS = 24
@@ -35,18 +39,11 @@ class Yardstick:
         self._model, self._batch = model, None
         if len(rows) < 3:
             return
-        batch = assemble(tokens, rows, model.device)
-        width = max(2, budget // len(rows))
-        self._batch = replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
+        self._batch = _cut(model, tokens, rows, budget)
         self._exact = torch.zeros(len(rows), len(rows), dtype=torch.double, device=model.device)
-
         held: dict[str, list[ModuleGradient]] = {}
-
-        def hold(gradient: ModuleGradient) -> None:
-            held.setdefault(gradient.name, []).append(gradient)
-
-        with model.collector(replace(plan, sketch=Identity()), factors=hold):
-            self._run(plan)
+        for each in _factors(model, self._batch, plan):
+            held.setdefault(each.name, []).append(each)
         for parts in held.values():
             gradient = ModuleGradient.joined(parts)
             self._exact += gradient.dot(gradient)
@@ -60,14 +57,41 @@ class Yardstick:
         if self._batch is None:
             return None
         with self._model.collector(plan) as collector:
-            self._run(plan)
+            _backward(self._model, self._batch, plan)
             rows = collector.rows.double()
         try:
             return gram_fidelity(rows @ rows.T, self._exact)
         except GradCoreError:  # the cut left fewer than three rows with a loss
             return None
 
-    def _run(self, plan: CapturePlan) -> None:
-        assert self._batch is not None
-        with torch.enable_grad(), evaluating(self._model):
-            finite_losses(self._model, self._batch, plan).sum().backward()
+
+def share_by_energy(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, *, budget: int) -> CapturePlan:
+    """The plan with its floats shared by the modules' part in the gradients of a sample of the rows.
+
+    Raises:
+        DataError: no row has a token with a loss.
+    """
+    rows = shuffled_rows(tokens, plan)[:ROWS]
+    if not len(rows):
+        raise DataError("floats are shared by the gradients of rows with a loss, and there are none")
+    return share_floats(plan, by=energies(_factors(model, _cut(model, tokens, rows, budget), plan)))
+
+
+def _cut(model: LanguageModel, tokens: TokenFile, rows: np.ndarray, budget: int) -> Batch:
+    """Rows as one batch of about ``budget`` tokens."""
+    batch = assemble(tokens, rows, model.device)
+    width = max(2, budget // len(rows))
+    return replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
+
+
+def _factors(model: LanguageModel, batch: Batch, plan: CapturePlan) -> list[ModuleGradient]:
+    """Whole gradients of a batch, not multiplied out."""
+    found: list[ModuleGradient] = []
+    with model.collector(replace(plan, sketch=Identity()), factors=found.append):
+        _backward(model, batch, plan)
+    return found
+
+
+def _backward(model: LanguageModel, batch: Batch, plan: CapturePlan) -> None:
+    with torch.enable_grad(), evaluating(model):
+        finite_losses(model, batch, plan).sum().backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 from attribute._errors import AttributionError
 from gradcore import (
+    Budgeted,
     Dense,
     GlobalSketch,
     Identity,
@@ -21,6 +22,7 @@ from gradcore import (
 )
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BUDGETS = ("equal", "shape", "energy")
 SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
 _PATTERNS = ("modules", "exclude", "split_attention_modules")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
@@ -96,6 +98,9 @@ class IndexConfig:
         sketch_kind: what is kept of a gradient (``docs/sketches.md``). By default ``spectral``, in a basis fitted to a
             sample of the rows, or ``two-sided`` where ``projection_dim`` is given.
         sketch_floats: floats a module (spectral: on average; global: of all modules together).
+        sketch_budget: how modules come by their floats: ``equal`` for each, by ``shape`` (entries of their gradients),
+            or by ``energy`` (their part in the gradients of a sample; spectral: of its largest coordinates).
+            ``energy`` for a spectral sketch, ``equal`` otherwise.
         projection_dim: side of the two-sided sketch, 16 if that kind is asked for; 0 keeps whole gradients.
         projection_type: entries of the sketch, ``rademacher`` or ``normal``.
         projection_seed: another seed is another sketch.
@@ -127,6 +132,7 @@ class IndexConfig:
     split_attention_modules: tuple[str, ...] = ()
     sketch_kind: str = ""
     sketch_floats: int = 256
+    sketch_budget: str = ""
     projection_dim: int | None = None
     projection_type: str = "rademacher"
     projection_seed: int = 0
@@ -151,6 +157,9 @@ class IndexConfig:
             _require("sketch", self.sketch_kind, SKETCHES)
         if self.sketch_floats < 2:
             raise AttributionError(f"--sketch-floats must be at least 2, not {self.sketch_floats}")
+        if self.sketch_budget:
+            _require("sketch-budget", self.sketch_budget, BUDGETS)
+            self._check_budget()
         if self.projection_dim is not None and self.projection_dim < 0:
             raise AttributionError(f"--projection-dim must be 0 (no sketch) or positive, not {self.projection_dim}")
         if self.projection_dim is not None and self.sketch_kind not in ("", "two-sided"):
@@ -189,6 +198,16 @@ class IndexConfig:
         if self.projection_dim == 0:
             return Identity()
         return TwoSided(self.projection_dim or 16, self.projection_type, seed)
+
+    def _check_budget(self) -> None:
+        sketch = self.sketch
+        if isinstance(sketch, Spectral) and self.sketch_budget == "shape":
+            raise AttributionError("--sketch spectral shares floats by energy or equally, not by shape")
+        if not isinstance(sketch, (Budgeted, Spectral)) and self.sketch_budget != "equal":
+            raise AttributionError(
+                f"--sketch-budget {self.sketch_budget} needs --sketch spectral, tensor, dense or sparse, "
+                f"not {sketch.kind}"
+            )
 
     def two_sided(self) -> IndexConfig:
         """The same with a two-sided sketch where nothing else was asked for: what methods defined on one take."""

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from attribute._errors import DataError
-from attribute._fidelity import Yardstick
+from attribute._fidelity import Yardstick, share_by_energy
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.data.rewards import weights_of
@@ -30,7 +30,17 @@ from attribute.run import (
     scratch_beside,
 )
 from attribute.spectral import fit_basis, plan_of, save_basis
-from gradcore import AttentionConfig, CapturePlan, Fidelity, Identity, Spectral, coverage, with_residual
+from gradcore import (
+    AttentionConfig,
+    Budgeted,
+    CapturePlan,
+    Fidelity,
+    Identity,
+    Spectral,
+    coverage,
+    share_floats,
+    with_residual,
+)
 from gradstore import GradientStore, StoreWriter
 
 
@@ -159,17 +169,16 @@ def _settled(
 ) -> tuple[CapturePlan, Fidelity | None]:
     """The plan with its sketch able to capture, and what a new run's sketch keeps of exact gradients."""
     if is_begun(path):
-        if isinstance(plan.sketch, Spectral):
-            plan = replace(plan, sketch=plan_of(GradientStore.open(path, partial=True)).sketch)
-        return plan, None
+        return replace(plan, sketch=plan_of(GradientStore.open(path, partial=True)).sketch), None
     if isinstance(plan.sketch, Identity):
         return plan, None
-    fitted = plan
+    fitted = budgeted(model, tokens, plan, config)
     if isinstance(plan.sketch, Spectral):
-        fitted = fit_basis(model, tokens, plan, budget=config.token_batch_size, progress=progress)
+        equal = config.sketch_budget == "equal"
+        fitted = fit_basis(model, tokens, plan, budget=config.token_batch_size, equal=equal, progress=progress)
     yardstick = Yardstick(model, tokens, plan, budget=config.token_batch_size)
     kept = yardstick.judge(fitted)
-    if isinstance(fitted.sketch, Spectral):
+    if isinstance(fitted.sketch, Spectral) and fitted.sketch.budgets:
         mixed = with_residual(fitted)
         other = yardstick.judge(mixed)
         # The basis alone orders rows well by what they share and loses what sets them apart; where that is most of
@@ -182,6 +191,15 @@ def _settled(
     if kept is not None:
         progress.note(f"fidelity of the sketch: {kept}")
     return fitted, kept
+
+
+def budgeted(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, config: IndexConfig) -> CapturePlan:
+    """The plan with the floats of an oblivious sketch shared by the modules as the configuration says."""
+    if not isinstance(plan.sketch, Budgeted) or config.sketch_budget in ("", "equal"):
+        return plan
+    if config.sketch_budget == "shape":
+        return share_floats(plan)
+    return share_by_energy(model, tokens, plan, budget=config.token_batch_size)
 
 
 def source_of(data: Any, name: str = "data") -> Source:

@@ -29,6 +29,7 @@ def fit_basis(
     plan: CapturePlan,
     *,
     budget: int = 4096,
+    equal: bool = False,
     progress: Progress | None = None,
 ) -> CapturePlan:
     """The plan with its spectral sketch fitted to a sample of the rows, floats shared by the modules by λ.
@@ -38,6 +39,7 @@ def fit_basis(
         tokens: the rows that will be collected, or others like them.
         plan: with a :class:`gradcore.Spectral` that says how many floats a module has on average.
         budget: padded tokens a batch.
+        equal: as many floats for every module instead.
         progress: told of both passes.
 
     Raises:
@@ -62,7 +64,7 @@ def fit_basis(
                 progress.advance(int(lengths[batch].sum()))
 
     progress.start("fit the sketch", 2 * int(lengths[rows].sum()), "tokens")
-    total = sum(min(sketch.floats, each.out_features * each.in_features) for each in plan.modules)
+    total = 0 if equal else sum(min(sketch.floats, each.out_features * each.in_features) for each in plan.modules)
     fitted = fit_spectral(
         model.base, plan, run, floats=sketch.floats, total=total, seed=sketch.seed, outside=model.outside
     )

@@ -14,6 +14,7 @@ from trace_cli._progress import Bars
 def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
     """Fill the configuration; neither model nor dataset means the demo's."""
     values = {**options, "sketch_kind": options.get("sketch_kind") or ""}
+    values["sketch_budget"] = options.get("sketch_budget") or ""
     normalizer_fields(values)
     if not values["model"] and not values["dataset"]:
         from attribute.demo.run import demo_config

@@ -136,6 +136,13 @@ sketch_options = _stack(
     click.option(
         "--sketch-floats", default=256, show_default=True, help="Floats a module (of all together, for global)."
     ),
+    click.option(
+        "--sketch-budget",
+        type=click.Choice(["equal", "shape", "energy"]),
+        default=None,
+        help="Modules keep equally many floats, or share them by their gradients' entries or energy in a sample. "
+        "Default: energy for spectral, equal otherwise.",
+    ),
 )
 
 normalizer_options = _stack(

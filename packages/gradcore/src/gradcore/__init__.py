@@ -13,8 +13,10 @@ from gradcore._losses import Loss
 from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
+from gradcore._share_floats import energies, share_floats
 from gradcore.normalizers import Normalizer, normalizer_kinds, optimizer_moments
 from gradcore.sketches import (
+    Budgeted,
     Dense,
     GlobalSketch,
     Identity,
@@ -28,6 +30,7 @@ from gradcore.sketches import (
 
 __all__ = [
     "AttentionConfig",
+    "Budgeted",
     "CaptureError",
     "CapturePlan",
     "Coverage",
@@ -53,6 +56,7 @@ __all__ = [
     "TwoSided",
     "attention_heads",
     "coverage",
+    "energies",
     "fidelity",
     "fit_spectral",
     "gram_fidelity",
@@ -62,5 +66,6 @@ __all__ = [
     "optimizer_moments",
     "per_example_loss",
     "select_modules",
+    "share_floats",
     "with_residual",
 ]

@@ -17,7 +17,7 @@ from attribute.batching import Batch
 from attribute.config import IndexConfig
 from attribute.data import Source, TokenFile, open_source
 from attribute.engine import Measure, RowBlock, finite_losses, labelled_tokens, run_windows
-from attribute.index import announce, normalized, records_of, source_of, tokenise
+from attribute.index import announce, budgeted, normalized, records_of, source_of, tokenise
 from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import save_normalizer
 from attribute.progress import Progress, Quiet
@@ -85,7 +85,7 @@ def reduce_gradients(
         groups, names = _groups(scratch, tokens, reduce.group_column)
         if overwrite:
             remove_run(path)
-        plan = normalized(path, loaded, tokens, plan, config, progress)
+        plan = budgeted(loaded, tokens, normalized(path, loaded, tokens, plan, config, progress), config)
         sums = _Sums(plan, groups, len(names), reduce.unit_normalize)
         progress.start("gradients", tokens.total, "tokens")
         with _summing(loaded, plan, sums) as measure, torch.enable_grad():

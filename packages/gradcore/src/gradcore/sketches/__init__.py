@@ -1,5 +1,6 @@
 """Sketches: how a module's per-example gradient becomes the floats that are kept. One file a kind."""
 
+from gradcore.sketches._budgets import Budgeted
 from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch, sketch_from_dict
 from gradcore.sketches.dense import Dense
 from gradcore.sketches.identity import Identity
@@ -11,6 +12,7 @@ from gradcore.sketches.two_sided import TwoSided
 
 __all__ = [
     "BoundSketch",
+    "Budgeted",
     "Dense",
     "GlobalSketch",
     "Identity",

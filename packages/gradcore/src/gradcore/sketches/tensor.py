@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gradcore._errors import GradCoreError
 from gradcore._factors import Factor
+from gradcore.sketches._budgets import Budgeted, Budgets
 from gradcore.sketches._counts import CountSketch
-from gradcore.sketches._protocol import BoundSketch, Sketch, register_sketch
+from gradcore.sketches._protocol import BoundSketch, register_sketch
 from gradcore.sketches.identity import BoundWhole
 
 BLOCK_FLOATS = 1 << 18
@@ -27,7 +28,7 @@ BLOCK_FLOATS = 1 << 18
 
 @register_sketch
 @dataclass(frozen=True)
-class TensorSketch(Sketch):
+class TensorSketch(Budgeted):
     """``floats`` a module whatever its shape, at O((in + out) + floats · log floats) a token; needs no data.
 
     >>> TensorSketch(floats=256).shape(4096, 1024)
@@ -36,30 +37,33 @@ class TensorSketch(Sketch):
     Args:
         floats: places kept a module; a gradient that has no more is kept whole.
         seed: another seed is another sketch; hashes are keyed by (module, floats, seed).
+        budgets: (module, floats) where it is not ``floats``: :func:`gradcore.share_floats`.
     """
 
     floats: int = 256
     seed: int = 0
+    budgets: Budgets = ()
     kind: ClassVar[str] = "tensor"
 
     def __post_init__(self) -> None:
         if self.floats < 2:
             raise GradCoreError(f"a tensor sketch keeps at least 2 floats a module, not {self.floats}")
+        self._read_budgets()
 
     def shape(
         self, out_features: int, in_features: int, elementwise: bool = False, *, name: str = ""
     ) -> tuple[int, ...]:
         """``(min(floats, out · in),)``."""
-        return (min(self.floats, out_features * in_features),)
+        return (min(self.floats_of(name), out_features * in_features),)
 
     def bind(
         self, name: str, out_features: int, in_features: int, device: torch.device, elementwise: bool = False
     ) -> BoundSketch:
         """Two hashes; one for a vector layer; none for a gradient that is kept whole."""
-        whole = out_features * in_features
-        if whole <= self.floats:
+        floats = self.floats_of(name)
+        if out_features * in_features <= floats:
             return BoundWhole()
-        return bound_tensor_sketch((name,), out_features, in_features, self.floats, self.seed, device, elementwise)
+        return bound_tensor_sketch((name,), out_features, in_features, floats, self.seed, device, elementwise)
 
 
 def bound_tensor_sketch(
