@@ -139,7 +139,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         target = folder / member
         command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
         done = subprocess.run(
-            command, cwd=ROOT / "packages" / member, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT / "packages" / member, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         (found[member],) = target.glob("*.whl")

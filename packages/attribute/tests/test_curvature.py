@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,16 @@ def test_mixing_weighs_both_sides_alike_at_the_chosen_component(sides):
     mixed = query.mix(train, weight)
     for name in mixed.values:
         close(mixed.moment(name), weight * query.moment(name) + (1 - weight) * train.moment(name), 1e-9)
+
+
+def test_too_few_queries_show_no_common_task(sides):
+    """R of a handful of queries is what each of them asks: marking it down would mark down the answer."""
+    train, query = (gram_of_store(store) for store in sides)
+    directions = round(train.plan.width * 1000 / 65536)
+    assert directions > 1
+    assert mixing_weight(train, replace(query, rows=directions - 1)) == 0
+    assert mixing_weight(train, replace(query, rows=directions)) > 0
+    assert mixing_weight(train, replace(query, rows=1), 5) == mixing_weight(train, query, 5)  # who asks for it gets it
 
 
 def trackstar_reference(train: np.ndarray, query: np.ndarray, slices: list[slice], components: int) -> np.ndarray:

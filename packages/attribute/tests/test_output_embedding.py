@@ -102,8 +102,8 @@ def test_gauss_newton_products_reach_every_parameter(make_model, architecture, t
 
     def change(direction):
         tangents = {
-            name if name in outside else f"{prefix}.{name}": each
-            for name, each in matrix.directions(direction).items()
+            name if name in outside else f"{prefix}.{name}": each[0]
+            for name, each in matrix.directions(direction[None]).items()
             if outside or name.split(".")[0] not in model.outside
         }
         known = dict(model.model.named_parameters(remove_duplicate=False))

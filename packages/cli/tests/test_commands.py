@@ -238,7 +238,7 @@ def test_the_program_is_installed_and_its_exit_codes_reach_the_shell(index):
         (["store", "info", str(index.parent)], 1),
         (["store", "fly"], 2),
     ):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
 
@@ -246,6 +246,6 @@ def test_the_program_is_installed_and_its_exit_codes_reach_the_shell(index):
 def test_a_closed_pipe_is_no_error(index):
     program = Path(sys.executable).parent / "trace"
     done = subprocess.run(
-        f'"{program}" store info "{index}" | true', shell=True, capture_output=True, text=True, timeout=120, check=False
+        f'"{program}" store info "{index}" | true', shell=True, capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -52,7 +52,7 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_equal_one(tmp_path):
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
     try:
-        assert [each.wait(timeout=120) for each in ranks] == [0, 0]
+        assert [each.wait(timeout=600) for each in ranks] == [0, 0]
     finally:
         for each in ranks:
             each.kill()

@@ -209,7 +209,8 @@ def trackstar(
         of_queries = gram_of_store(stores["queries"])
         weight = mixing_weight(train, of_queries, components)
         gram = of_queries.mix(train, weight)
-    progress.note(f"λ = {weight:.3f} of the query side in the mixed curvature")
+    too_few = "; too few queries to tell a task by, --target-downweight-components mixes all the same"
+    progress.note(f"λ = {weight:.3f} of the query side in the curvature{too_few if mix and not weight else ''}")
     inversion = Inversion("damped", damping, -0.5)
     gram.save(path / "curvature", mixing_weight=weight, inversion=inversion.to_dict())
     scores = _score(path / "scores", stores, gram, inversion, overwrite, {"mixing_weight": weight, "mix": mix})

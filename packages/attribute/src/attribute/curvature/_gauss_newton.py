@@ -1,7 +1,7 @@
 """Products with the generalised Gauss-Newton matrix, exact and matrix-free: H x = E_rows[Jᵀ (diag p − p pᵀ) J x].
 
-J x by forward mode through the base model, the middle factor over the vocabulary, and Jᵀ by a backward pass under a
-collector, so that the result is in the columns of the plan (Martens 2020, section 8; Pearlmutter 1994).
+J x by forward mode through the base model, the middle factor over the vocabulary, and Jᵀ by a backward pass (Martens
+2020, section 8; Pearlmutter 1994), for many directions at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribute._errors import AttributionError
@@ -21,6 +21,8 @@ from attribute.engine import evaluating
 from attribute.model import LanguageModel
 from gradcore import IGNORE, CapturePlan, Identity
 
+AT_ONCE = 1 << 27
+"""Floats that the passes of one batch may keep for all directions together, about."""
 _KINDS = ("linear", "hf_conv1d", "embedding", "layer_norm", "rms_norm")
 
 
@@ -52,40 +54,56 @@ class GaussNewton:
     def multiply(self, directions: Tensor) -> Tensor:
         """``[q, width]`` to H times each, ``[q, width]``."""
         out = torch.zeros_like(directions)
-        with evaluating(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for place, direction in enumerate(directions):
-                for batch in self.batches:
-                    out[place] += self._one(batch, direction).to(out.dtype)
+        with evaluating(self.model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own scripted derivatives, and of vmap's loops
+            for batch in self.batches:
+                step = max(1, AT_ONCE // (batch.input_ids.numel() * self._floats_a_token))
+                for first in range(0, len(directions), step):
+                    some = slice(first, first + step)
+                    out[some] += self._of_batch(batch, directions[some]).to(out.dtype)
         return out / sum(len(batch.rows) for batch in self.batches)
 
-    def _one(self, batch: Batch, direction: Tensor) -> Tensor:
+    @property
+    def _floats_a_token(self) -> int:
+        """What a pass keeps of a token and direction, about."""
+        outputs = sum(each.out_features for each in self.plan.modules if each.kind != "embedding" and not each.tied)
+        return 3 * outputs + 2 * self._head.weight.shape[0]
+
+    def _of_batch(self, batch: Batch, directions: Tensor) -> Tensor:
+        """Σ over the batch's rows for all directions at once: one forward pass serves every J x, another every Jᵀ."""
         base, ids = self.model.base, batch.input_ids
-        every = self.directions(direction)
+        every = self.directions(directions)
         head = {each for path in self.model.outside for each in (f"{path}.weight", f"{path}.bias")}
         tangents = {name: tangent for name, tangent in every.items() if name not in head}
+        turned = {name.rpartition(".")[2]: tangent for name, tangent in every.items() if name in head}
         primals = {name: base.get_parameter(name).detach() for name in tangents}
 
         def hidden_of(parameters: dict[str, Tensor]) -> Tensor:
             return functional_call(base, parameters, kwargs={"input_ids": ids, "use_cache": False})[0]
 
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch warns about its own scripted derivatives
-            hidden, change = jvp(hidden_of, (primals,), (tangents,))[:2]
-            turned = {name.rpartition(".")[2]: tangent for name, tangent in every.items() if name in head}
-            counted, push = self._vocabulary(hidden, change, turned, batch.labels)
-        with self.model.collector(self.plan) as collector:
-            hidden = base(input_ids=ids, use_cache=False)[0]
-            if turned:  # through the head's own forward pass, where the collector sees it
-                (output,) = self.model.outside.values()
-                whole = push.new_zeros(*counted.shape, push.shape[-1])
-                whole[counted] = push
-                output(hidden).backward(whole.to(hidden.dtype))
-            else:
-                weight = self._head.weight.float()
-                back = torch.zeros_like(hidden)
-                back[counted] = (push @ weight).to(hidden.dtype)
-                hidden.backward(back)
-            return collector.take().sum(0)
+        if tangents:
+            with torch.no_grad():
+                change = vmap(lambda tangent: jvp(hidden_of, (primals,), (tangent,))[1])(tangents)
+        leaves = {name: primal.requires_grad_() for name, primal in primals.items()}
+        with torch.enable_grad():
+            hidden = hidden_of(leaves)
+        if not tangents:
+            change = hidden.new_zeros(len(directions), *hidden.shape)
+        counted, push = self._vocabulary(hidden.detach(), change, turned, batch.labels)  # [q, t, v]
+        found = dict[str, Tensor]()
+        if tangents:
+            back = torch.zeros_like(change)
+            back[:, counted] = (push @ self._head.weight.float()).to(change.dtype)
+            gradients = torch.autograd.grad(
+                hidden, tuple(leaves.values()), back, is_grads_batched=True, allow_unused=True, materialize_grads=True
+            )
+            found.update(zip(leaves, gradients))
+        if turned:
+            (path,) = self.model.outside
+            found[f"{path}.weight"] = push.mT @ hidden.detach()[counted].float()
+            if "bias" in turned:
+                found[f"{path}.bias"] = push.sum(1)
+        return self.columns(found)
 
     @property
     def _head(self) -> nn.Linear:
@@ -94,31 +112,46 @@ class GaussNewton:
     def _vocabulary(
         self, hidden: Tensor, change: Tensor, turned: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Where a token carries loss ``[n, s]``, and (diag p − p pᵀ) dl there, with dl = W dh + dW h + db."""
+        """Where a token carries loss ``[n, s]``, and (diag p − p pᵀ) dl there ``[q, t, v]``, dl = W dh + dW h + db."""
         head = self._head
         counted = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
         counted[:, :-1] = labels[:, 1:] != IGNORE
         some = hidden[counted]
-        p = nn.functional.linear(some, head.weight, head.bias).float().softmax(-1)
-        moved = change[counted].float() @ head.weight.float().T
-        if turned:
-            moved += some.float() @ turned["weight"].float().T
-            moved += turned["bias"].float() if "bias" in turned else 0.0
-        push = p * (moved - (p * moved).sum(-1, keepdim=True))
+        with torch.no_grad():
+            p = nn.functional.linear(some, head.weight, head.bias).float().softmax(-1)
+            moved = change[:, counted].float() @ head.weight.float().T
+            if turned:
+                moved += some.float() @ turned["weight"].float().mT
+                moved += turned["bias"].float()[:, None] if "bias" in turned else 0.0
+            moved -= (moved[..., None, :] @ p[..., None]).squeeze(-1)
+            push = moved.mul_(p)
         if self.plan.reduction == "mean":
             push /= counted.sum(1).clamp(min=1)[:, None].expand(counted.shape)[counted][:, None]
         return counted, push
 
-    def directions(self, row: Tensor) -> dict[str, Tensor]:
-        """A row ``[width]`` as parameter name → direction in the parameter's own shape."""
+    def directions(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows ``[q, width]`` as parameter name → directions ``[q, …]`` in the parameter's own shape."""
         found = dict[str, Tensor]()
         for planned in self.plan.modules:
-            matrix = row[self.plan.slices[planned.name]].reshape(planned.out_features, planned.in_features)
+            matrix = rows[:, self.plan.slices[planned.name]].unflatten(1, (planned.out_features, planned.in_features))
             weight = self.model.module(planned.path).get_parameter("weight")
             if planned.bias:
-                found[f"{planned.path}.bias"] = matrix[:, -1].to(weight.dtype)
-                matrix = matrix[:, :-1]
-            matrix = matrix.T if planned.kind == "hf_conv1d" else matrix
+                found[f"{planned.path}.bias"] = matrix[..., -1].to(weight.dtype)
+                matrix = matrix[..., :-1]
+            matrix = matrix.mT if planned.kind == "hf_conv1d" else matrix
             for path in (planned.path, *planned.tied):
-                found[f"{path}.weight"] = matrix.reshape(weight.shape).to(weight.dtype)
+                found[f"{path}.weight"] = matrix.reshape(-1, *weight.shape).to(weight.dtype)
         return found
+
+    def columns(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The transpose of :meth:`directions`: what each use of a tied weight gives is added."""
+        parts: list[Tensor] = []
+        for planned in self.plan.modules:
+            uses = [gradients[f"{path}.weight"] for path in (planned.path, *planned.tied)]
+            matrix = torch.stack([each.float() for each in uses]).sum(0) if len(uses) > 1 else uses[0].float()
+            matrix = matrix.mT if planned.kind == "hf_conv1d" else matrix
+            matrix = matrix.reshape(len(matrix), planned.out_features, -1)
+            if planned.bias:
+                matrix = torch.cat((matrix, gradients[f"{planned.path}.bias"].float()[..., None]), dim=2)
+            parts.append(matrix.flatten(1))
+        return torch.cat(parts, dim=1)

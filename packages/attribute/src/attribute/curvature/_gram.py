@@ -216,12 +216,15 @@ def mixing_weight(train: Gram, query: Gram, components: int = 0) -> float:
 
     All eigenvalues of all modules are pooled and sorted for either side; with s their k-th largest,
     λ = s_train / (s_query + s_train): both parts weigh the same at the k-th (Chang et al. 2024, appendix A.1.3, who
-    have k ≈ 1,000 of 65,536 dimensions). ``components`` 0 takes the same share of the dimensions here.
+    have k ≈ 1,000 of 65,536 dimensions). ``components`` 0 takes the same share of the dimensions here, unless the
+    queries are fewer: then λ is 0, since what R_query would mark down is what each of them asks, not their common task.
     """
     if components < 0:
         raise AttributionError(f"--target-downweight-components must be 0 (in proportion) or positive: {components}")
     total = train.plan.width
     wanted = components or max(1, round(total * 1000 / 65536))
+    if not components and query.rows < wanted:
+        return 0.0
     k = min(wanted, total) - 1
     pooled = [
         torch.cat([each.flatten() for each in side.values.values()]).sort(descending=True).values

@@ -1,8 +1,8 @@
 """Methods over sketched gradients and their second moment R: preconditioned influence and TrackStar.
 
 Preconditioned influence is φ_qᵀ R⁻¹ φ_i with R from the rows. TrackStar (Chang et al. 2024, section 3) mixes R from
-both sides, applies R^-½ to both, and compares directions. Either fails where the sketch is too small for the gradients:
-at side 16 most of a matrix's gradient is noise.
+both sides where the queries are many enough to show a task, applies R^-½ to both, and compares directions. Either fails
+where the sketch is too small for the gradients: at side 16 most of a matrix's gradient is noise.
 """
 
 from __future__ import annotations

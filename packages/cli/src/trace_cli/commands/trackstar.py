@@ -32,7 +32,8 @@ from trace_cli._refused import refused_options
 @click.option(
     "--target-downweight-components",
     default=0,
-    help="Task directions to mark down; 0: the paper's 1,000 of 65,536, in proportion to the floats a row.",
+    help="Task directions to mark down; 0: the paper's 1,000 of 65,536, in proportion to the floats a row, "
+    "and none where there are fewer queries than that.",
 )
 @click.option("--mix-hessians/--no-mix-hessians", default=True, show_default=True, help="Or the training side alone.")
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
