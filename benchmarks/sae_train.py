@@ -5,7 +5,8 @@
 
 stories: llama-stories260k, layers.2, 2,048 latents, on TinyStories. pythia-70m: random weights in Pythia-70m's shape,
 layers.3, 8,192 latents, on ids drawn by Zipf's law (its FVU says little, its speed much). Steps have 4,096 tokens.
-Each run is a process of its own, in turn. SAELens is given activations by the transformers model stopped after the
+Each run is a process of its own, in turn; processor time stands beside wall time, since it says more where
+others work. SAELens is given activations by the transformers model stopped after the
 hookpoint, as its own runner stops TransformerLens, at its default rate and at ten times it.
 """
 
@@ -62,11 +63,12 @@ def train(who: str, optimizer: str, lr: float, setting: Setting, model_folder: s
     fit = saelens_fit if who == "saelens" else sparsify_fit
     run = fit(who, model, rows, setting, optimizer, lr, out)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     run()
-    spent = time.perf_counter() - start
+    spent, busy = time.perf_counter() - start, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"tokens_per_second": rows.numel() / spent, "peak_gb": peak, "training_gb": peak - before}))
+    told = {"tokens_per_second": rows.numel() / spent, "cpu_ms_per_kilotoken": busy * 1e6 / rows.numel()}
+    print(json.dumps({**told, "peak_gb": peak, "training_gb": peak - before}))
 
 
 def sparsify_fit(who, model, rows, setting, optimizer, lr, out):
@@ -205,9 +207,11 @@ def main() -> None:
             sae = convert.load(place).coder
             r = evaluate(model.base_model, {hook: sae}, held).reconstruction[hook]
             speed = statistics.median(each["tokens_per_second"] for each in told[runs[i]])
+            busy = statistics.median(each["cpu_ms_per_kilotoken"] for each in told[runs[i]])
             peak, training = (max(each[key] for each in told[runs[i]]) for key in ("peak_gb", "training_gb"))
             print(
                 f"{who:7} {optimizer:7} lr {lr or 'default':8} {speed:9,.0f} tokens/s  "
+                f"processor {busy:.0f} ms per 1,000 tokens  "
                 f"peak {peak:.2f} GB, training's share {training:.2f}  "
                 f"held-out FVU {r.fvu:.4f}  never fired {r.dead:.1%}  L0 {r.l0:.1f}",
                 flush=True,

@@ -205,3 +205,34 @@ def test_wrong_widths_and_counts_are_refused():
         SaeConfig(activation="topkk")
     with pytest.raises(DataError, match="width 4"):
         SparseCoder(4, SaeConfig(k=3)).encode(torch.zeros(2, 5))
+
+
+def test_row_topk_with_ties_and_nan():
+    """Equal values and NaN fool a choice by value; it must notice, whatever the other rows hold."""
+    block = torch.randn(40, 512, dtype=torch.float64)
+    block[3] = 0.0
+    block[4, 100:140] = 5.0
+    values, indices = row_topk(block, 8)
+    assert_close(values.sort(1, descending=True).values, block.topk(8).values, rtol=0, atol=0)
+    assert all(len(set(row)) == 8 for row in indices.tolist())
+    # One place too many in one row and one too few in another: the count alone looks right.
+    block = torch.randn(2, 64, dtype=torch.float64)
+    block[0] = torch.arange(64)
+    block[0, 60] = torch.nan
+    block[1] = torch.arange(64)
+    block[1, 61] = block[1, 60]
+    assert sorted(row_topk(block, 4)[0][1].tolist()) == [60, 60, 62, 63]
+    _, indices = row_topk(block, 4)
+    assert indices.min() >= 0
+    assert indices.max() < 64
+
+
+@pytest.mark.parametrize("latents", [90, 70_000])
+def test_entries_are_sorted_by_latent_and_stably(latents):
+    indices = torch.randint(latents, (50, 7))
+    entry, token, begin = Routes(indices, None, latents).by_latent()
+    latent = indices.flatten()[entry]
+    assert (latent.diff() >= 0).all()
+    assert (entry.diff()[latent.diff() == 0] > 0).all()
+    assert torch.equal(token, entry // 7)
+    assert torch.equal(begin, torch.searchsorted(latent, torch.arange(latents)))

@@ -141,8 +141,11 @@ class ActivationCache:
                 raise DataError(f"{self.root} does not hold {name!r}, only {', '.join(self.hookpoints[:8])}")
         return CachedSource(self, chosen, transcode, exclude, max_norm_ratio, buffer_batches, seed, shard)
 
-    def source_for(self, cfg: TrainConfig) -> CachedSource:
-        """The cache as a training configuration wants it: its hookpoints, exclusions and mixing."""
+    def source_for(self, cfg: TrainConfig, shard: tuple[int, int] = (0, 1)) -> CachedSource:
+        """The cache as a training configuration wants it: its hookpoints, exclusions and mixing.
+
+        ``shard`` is (process, processes): each reads its own batches.
+        """
         if cfg.loss_fn != "fvu":
             raise ConfigError(f"loss_fn={cfg.loss_fn!r} runs the model, which a cache stands in for: train without it")
         if cfg.layers or cfg.layer_stride != 1:
@@ -159,6 +162,7 @@ class ActivationCache:
             exclude=cfg.exclude_tokens,
             max_norm_ratio=cfg.max_norm_ratio,
             buffer_batches=cfg.buffer_batches,
+            shard=shard,
         )
 
     def tokens(self, index: int) -> Tensor:
@@ -201,6 +205,8 @@ class CachedSource(OnTheFly):
         self.device = torch.device("cpu")
         self.exclude = torch.tensor(list(exclude), dtype=torch.long)
         self._block = None
+        if len(self) < 1:
+            raise DataError(f"{cache.root} holds {len(cache)} batches, fewer than the {self.world} processes")
         widths = {name: cache.manifest["widths"][name] for name in self.hookpoints}
         self.widths = {name: (d_in if transcode else d_out, d_out) for name, (d_in, d_out) in widths.items()}
 
@@ -212,7 +218,7 @@ class CachedSource(OnTheFly):
         return self.cache.tokens(index * self.world + self.rank)
 
     def fingerprint(self) -> str:
-        """The manifest without its length, which may grow."""
+        """The manifest, and with it the length: a cache that has grown since has another schedule."""
         told = {k: v for k, v in self.cache.manifest.items() if k != "recipe"}
         return json.dumps(told, sort_keys=True)
 

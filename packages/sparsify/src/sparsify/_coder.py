@@ -90,8 +90,9 @@ class SparseCoder(nn.Module):
     def _new_decoder(self) -> nn.Parameter:
         weight = self.encoder.weight
         if self.cfg.tied:
-            with torch.no_grad():
-                weight.div_(weight.norm(dim=1, keepdim=True))
+            if self.cfg.normalize_decoder:
+                with torch.no_grad():
+                    weight.div_(weight.norm(dim=1, keepdim=True))
             assert isinstance(weight, nn.Parameter)
             return weight
         if self.cfg.transcode:
@@ -175,7 +176,7 @@ class SparseCoder(nn.Module):
         base = self.b_dec if self.W_skip is None else self.b_dec + flat @ self.W_skip.T
         zero = values.new_zeros(())
         main, main_routes = _columns(values, routes, slice(0, widths[0]))
-        acts, out, multi = self._reconstruction(main, main_routes, base, k, target, total_variance)
+        acts, code_routes, out, multi = self._reconstruction(main, main_routes, base, k, target, total_variance)
         fvu = (target - out).square().sum() / total_variance
         auxk = zero
         if k_aux:
@@ -184,14 +185,12 @@ class SparseCoder(nn.Module):
             # Gao et al. 2024, A.2; fewer dead latents than k_aux count for proportionally less.
             scale = min(dead.numel() / (self.d_out // 2), 1.0)
             auxk = scale * (guess - (target - out).detach()).square().sum() / total_variance
-        nested = self._nested(acts, main_routes, base, target, total_variance) if self.cfg.matryoshka else zero
+        nested = self._nested(acts, code_routes, base, target, total_variance) if self.cfg.matryoshka else zero
         sparsity = self.activation.loss(self, main, main_routes, k, target, total_variance)
-        active, indices = acts[:, :k] if multi is not None else acts, main_routes.indices
-        indices = indices[:, :k] if multi is not None else indices
         return ForwardOutput(
             _shaped(out, shape),
-            _shaped(active, shape),
-            _shaped(indices, shape),
+            _shaped(acts, shape),
+            _shaped(code_routes.indices, shape),
             fvu,
             auxk,
             zero if multi is None else multi,
@@ -201,16 +200,17 @@ class SparseCoder(nn.Module):
 
     def _reconstruction(
         self, products: Tensor, routes: Routes, base: Tensor, k: int, target: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Routes, Tensor, Tensor | None]:
+        """The code with its routes, the reconstruction, and Multi-TopK's FVU."""
         acts = self.activation.values(self, products, routes)
         if not self.cfg.multi_topk:
-            return acts, decode(acts, routes, self.decoder_rows()) + base, None
+            return acts, routes, decode(acts, routes, self.decoder_rows()) + base, None
         # The 4k entries are in order, so the first k are the code and the rest only refine it.
         first, first_routes = _columns(acts, routes, slice(0, k))
         rest, rest_routes = _columns(acts, routes, slice(k, None))
         out = decode(first, first_routes, self.decoder_rows()) + base
         wide = out + decode(rest, rest_routes, self.decoder_rows())
-        return acts, out, (target - wide).square().sum() / variance
+        return first, first_routes, out, (target - wide).square().sum() / variance
 
     def _nested(self, acts: Tensor, routes: Routes, base: Tensor, target: Tensor, variance: Tensor) -> Tensor:
         total, out, begin = acts.new_zeros(()), base, 0
@@ -275,7 +275,7 @@ class SparseCoder(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Project back onto the constraints: unit decoder rows, thresholds not below zero."""
-        if self.W_dec is not None and (self.cfg.tied or (self.cfg.normalize_decoder and not self.cfg.transcode)):
+        if self.W_dec is not None and self.cfg.normalize_decoder and not self.cfg.transcode:
             self.set_decoder_norm_to_unit_norm()
         self.activation.after_step(self)
 

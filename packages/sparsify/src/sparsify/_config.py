@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, get_args
 
-from sparsify._errors import ConfigError, check_choice
+from sparsify._errors import ConfigError, check_choice, check_number, check_whole
 from sparsify._loggers import TRACKERS
 
 Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu", "gated"]
@@ -48,19 +48,18 @@ class SaeConfig:
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, ACTIVATIONS)
-        if self.k < 1:
-            raise ConfigError(f"k={self.k}: at least one latent must be active")
-        if self.num_latents < 0 or self.expansion_factor < 1:
-            raise ConfigError(
-                f"num_latents={self.num_latents}, expansion_factor={self.expansion_factor}: neither may be negative"
-            )
+        check_whole("k", self.k, 1)
+        check_whole("num_latents", self.num_latents, 0)
+        check_whole("expansion_factor", self.expansion_factor, 1)
         if self.multi_topk and self.activation != "topk":
             raise ConfigError(f"multi_topk needs activation='topk', found {self.activation!r}")
         if self.tied and self.transcode:
             raise ConfigError("a transcoder cannot be tied: its encoder reads one space and its decoder writes another")
         if self.matryoshka:
             object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
-            if list(self.matryoshka) != sorted(set(self.matryoshka)) or self.matryoshka[0] < 1:
+            for size in self.matryoshka:
+                check_whole("matryoshka", size, 1)
+            if list(self.matryoshka) != sorted(set(self.matryoshka)):
                 raise ConfigError(
                     f"matryoshka={list(self.matryoshka)}: prefix sizes must rise strictly from at least 1"
                 )
@@ -156,9 +155,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         for tracker in self.log_to:
             check_choice("log_to", tracker, TRACKERS)
-        for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "buffer_batches", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        self._check_numbers()
         if self.layers and self.hookpoints:
             raise ConfigError("layers and hookpoints both choose modules: give only one of them")
         if self.layers and self.layer_stride != 1:
@@ -169,6 +166,38 @@ class TrainConfig:
             raise ConfigError(f"init_seeds={list(self.init_seeds)} repeats a seed: the coders would be equal")
         if self.loss_fn != "fvu":
             self._check_end_to_end()
+        self._check_effects()
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "buffer_batches", "log_every"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("lr_warmup_steps", "k_decay_steps", "dead_feature_threshold", "save_every"):
+            check_whole(name, getattr(self, name), 0)
+        for name in ("exclude_tokens", "init_seeds", "layers"):
+            for value in getattr(self, name):
+                check_whole(name, value, 0)
+        for name in ("auxk_alpha", "sparsity_coefficient", "max_norm_ratio"):
+            check_number(name, getattr(self, name))
+        if self.lr is not None:
+            check_number("lr", self.lr, positive=True)
+        if 0 < self.max_norm_ratio < 1:
+            raise ConfigError(f"max_norm_ratio={self.max_norm_ratio} leaves out ordinary tokens: use 10, say, or 0")
+
+    def _check_effects(self) -> None:
+        """Refuse options that this run would ignore, where they were set to something."""
+        unset = {f.name: f.default for f in fields(self)}
+        ignored = {
+            "lr_warmup_steps": self.optimizer == "signum" and "signum has a constant rate",
+            "sparsity_coefficient": self.sae.activation not in ("jumprelu", "gated")
+            and f"{self.sae.activation} has no sparsity loss",
+        }
+        for name, reason in ignored.items():
+            if reason and getattr(self, name) != unset[name]:
+                raise ConfigError(f"{name}={getattr(self, name)} would do nothing, since {reason}: leave it out")
+        if self.k_decay_steps and self.sae.activation != "topk":
+            raise ConfigError(
+                f"k_decay_steps changes k every step, which {self.sae.activation} cannot follow: use topk"
+            )
 
     def _check_end_to_end(self) -> None:
         if self.distribute_modules:

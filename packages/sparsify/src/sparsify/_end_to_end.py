@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import _hooks
-from sparsify._coder import SparseCoder
-from sparsify._errors import DataError
+from sparsify._coder import ForwardOutput, SparseCoder
+from sparsify._errors import DataError, HookpointError
 
 
 def logits_of(output: object) -> Tensor:
@@ -23,24 +23,45 @@ def logits_of(output: object) -> Tensor:
 
 
 def spliced_loss(
-    model: nn.Module, coders: Mapping[str, SparseCoder], tokens: Tensor, keep: Tensor, loss: str, k: int
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Mean CE, or KL(clean ‖ spliced), per token, and each coder's code (acts, indices).
+    model: nn.Module,
+    coders: Mapping[str, SparseCoder],
+    tokens: Tensor,
+    keep: Tensor | None,
+    loss: str,
+    k: int,
+    dead: Mapping[str, Tensor | None],
+) -> tuple[Tensor, dict[str, ForwardOutput]]:
+    """Mean CE, or KL(clean ‖ spliced), per token, and what each coder made of the tokens it was given.
 
     Args:
-        tokens: (rows, tokens). keep: where coders are spliced in; elsewhere the activation stays what it was.
+        tokens: (rows, tokens). keep: where coders are spliced in, None for everywhere; elsewhere the activation stays
+            what it was, and no coder sees it.
         loss: "ce" or "kl".
         k: active latents.
+        dead: the latents that AuxK should revive, by coder.
+
+    Raises:
+        DataError: a hookpoint's values are not finite, or all alike.
     """
-    codes: dict[str, tuple[Tensor, Tensor]] = {}
+    outs: dict[str, ForwardOutput] = {}
 
     def replacement(name: str, coder: SparseCoder) -> _hooks.Replacement:
         def replace(x: Tensor | None, y: Tensor) -> Tensor:
-            source = (x if coder.cfg.transcode and x is not None else y).float()
-            # total_variance=1: the reconstruction is wanted, its FVU is not.
-            out = coder(source, y.float(), total_variance=source.new_ones(()), k=k)
-            codes[name] = (out.latent_acts.detach(), out.latent_indices)
-            return torch.where(keep[..., None], out.sae_out.to(y.dtype), y)
+            source = x if coder.cfg.transcode and x is not None else y
+            if source.shape[:-1] != tokens.shape or y.shape[:-1] != tokens.shape:
+                raise HookpointError(
+                    f"{name} maps {tuple(source.shape)} to {tuple(y.shape)} for {tuple(tokens.shape)} tokens: an "
+                    "end-to-end loss needs one vector per token there"
+                )
+            given = source.flatten(0, 1).float() if keep is None else source[keep].float()
+            target = given if source is y else y.flatten(0, 1).float() if keep is None else y[keep].float()
+            variance = (target.detach() - target.detach().mean(0)).square().sum()
+            if not bool(torch.isfinite(variance)):
+                raise DataError(f"{name} yields values that are not finite")
+            out = coder(given, target, dead_mask=dead[name], total_variance=variance.clamp_min(1e-30), k=k)
+            outs[name] = out
+            made = out.sae_out.to(y.dtype)
+            return made.view_as(y) if keep is None else y.masked_scatter(keep[..., None], made)
 
         return replace
 
@@ -54,4 +75,4 @@ def spliced_loss(
         value = nn.functional.kl_div(
             spliced.log_softmax(-1).flatten(0, 1), clean.flatten(0, 1), reduction="batchmean", log_target=True
         )
-    return value, codes
+    return value, outs

@@ -10,6 +10,7 @@ SparsifyError
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -49,3 +50,25 @@ def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
     close = get_close_matches(str(value), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(map(repr, known))}"
     raise ConfigError(f"{option}={value!r} is not known; {hint}")
+
+
+def check_whole(option: str, value: object, least: int) -> None:
+    """Refuse what is not a whole number of at least ``least``.
+
+    >>> check_whole("k", 32, 1)
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{option}={value!r} must be a whole number")
+    if value < least:
+        raise ConfigError(f"{option}={value} must be at least {least}")
+
+
+def check_number(option: str, value: object, *, positive: bool = False) -> None:
+    """Refuse what is not a finite number, or is negative (with ``positive``: not above zero).
+
+    >>> check_number("lr", 1e-3, positive=True)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{option}={value!r} must be a finite number")
+    if value < 0 or (positive and value == 0):
+        raise ConfigError(f"{option}={value} must be {'above zero' if positive else 'zero or more'}")

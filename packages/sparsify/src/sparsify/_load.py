@@ -19,7 +19,7 @@ def load_model(name: str, *, head: bool, revision: str | None, token: str | None
 
     options: dict[str, Any] = {"revision": revision, "token": token}
     if eight_bit:
-        _need_bitsandbytes(device)
+        _need_bitsandbytes()
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.float16}
         options["device_map"] = {"": device}
     elif device.startswith("cuda") and torch.cuda.is_bf16_supported():
@@ -31,6 +31,10 @@ def load_model(name: str, *, head: bool, revision: str | None, token: str | None
         model = kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {name!r} cannot be loaded: {error}") from None
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        if not eight_bit:
+            raise
+        raise ConfigError(f"--load_in_8bit: bitsandbytes does not run on {device} here ({error})") from None
     if not eight_bit:
         nn.Module.to(model, device)
     return model.eval()
@@ -64,11 +68,16 @@ def load_rows(
 
     Rows that already have ``input_ids`` are taken as they are. Everything but a memory map or a stream is shuffled.
     """
+    _refuse_ignored(name, split, arguments)
     if name.endswith(".bin"):
         return MemmapDataset(name, ctx_len, max_examples)
     data = _load_dataset(name, split, dict(arguments or {}), text_column, token)
     streamed = not hasattr(data, "__len__")
-    if "input_ids" not in (data.column_names or ()):
+    if "input_ids" in (data.column_names or ()):
+        longest = 0 if streamed or not len(data) else len(data[0]["input_ids"])
+        if longest > ctx_len:
+            raise DataError(f"{name!r} has rows of {longest} tokens, longer than ctx_len={ctx_len}: raise --ctx_len")
+    else:
         tokenizer = load_tokenizer(model, revision, token)
         data = chunk_and_tokenize(data, tokenizer, max_seq_len=ctx_len, num_proc=num_proc, text_key=text_column)
     if streamed:
@@ -79,6 +88,17 @@ def load_rows(
         data = data.shuffle(seed=shuffle_seed)
     data = data.with_format("torch", columns=["input_ids"])
     return data if max_examples is None else data.select(range(min(max_examples, len(data))))
+
+
+def _refuse_ignored(name: str, split: str, arguments: Mapping[str, Any] | None) -> None:
+    path = Path(name)
+    saved = path.is_dir() and any((path / each).exists() for each in ("state.json", "dataset_dict.json"))
+    if arguments and (saved or path.suffix in (".bin", ".txt")):
+        raise ConfigError(
+            f"data_args are arguments of load_dataset, which {name!r} does not pass through: leave them out"
+        )
+    if split != "train" and (path.suffix in (".bin", ".txt") or (path / "state.json").exists()):
+        raise ConfigError(f"split={split!r}: {name!r} has no splits: leave it out")
 
 
 def _load_dataset(name: str, split: str, arguments: dict[str, Any], text_column: str, token: str | None) -> Any:
@@ -107,8 +127,17 @@ def special_ids(model: str, revision: str | None = None, token: str | None = Non
 
 
 def pick_device(asked: str | None, local_rank: int = 0) -> str:
-    """The device asked for, or the best there is."""
+    """The device asked for, or the best there is.
+
+    Raises:
+        ConfigError: the device asked for is not one, or is not here.
+    """
     if asked:
+        try:
+            torch.empty(0, device=asked)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device={asked!r} cannot be used ({reason}): leave it out, or say cpu") from None
         return asked
     if torch.cuda.is_available():
         return f"cuda:{local_rank}"
@@ -120,10 +149,9 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _need_bitsandbytes(device: str) -> None:
+def _need_bitsandbytes() -> None:
     from importlib.util import find_spec
 
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("--load_in_8bit needs the bitsandbytes package: install it, or leave the option out")
-    if not device.startswith("cuda"):
-        raise ConfigError(f"--load_in_8bit runs on CUDA devices, this is {device}: leave the option out")
+    for package in ("bitsandbytes", "accelerate"):
+        if find_spec(package) is None:
+            raise ConfigError(f"--load_in_8bit needs the {package} package: install it, or leave the option out")

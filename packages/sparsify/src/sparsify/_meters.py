@@ -23,7 +23,7 @@ class Meters:
         """One more term."""
         value = value.double() if value.device.type != "mps" else value.float()
         self.interval[key] = self.interval[key] + value if key in self.interval else value
-        if key.startswith("fvu/") or key == "steps":
+        if key.startswith("fvu/") or key in ("steps", "ce", "kl"):
             self._since_save[key] = self._since_save[key] + value if key in self._since_save else value
 
     def averages(self, processes: Processes | None) -> dict[str, float]:
@@ -47,11 +47,14 @@ class Meters:
                 averages[key] = float(value) if kind == "tokens" else float(value) / steps
         return averages
 
-    def mean_since_save(self, key: str) -> float:
-        """Mean per step since the last checkpoint; infinity where nothing was measured."""
+    def mean_since_save(self, key: str, processes: Processes | None) -> float:
+        """Mean per step since the last checkpoint, over all processes; infinity where nothing was measured."""
         if key not in self._since_save:
             return math.inf
-        return float(self._since_save[key] / self._since_save["steps"])
+        total = self._since_save[key].clone()
+        if processes is not None:
+            processes.sum_(total)
+        return float(total / self._since_save["steps"])
 
     def saved(self) -> None:
         """A checkpoint was written."""

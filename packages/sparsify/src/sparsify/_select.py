@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -148,10 +148,11 @@ class BatchTopK:
 
 
 def row_topk(block: Tensor, k: int, *, in_order: bool = False) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, exactly as torch.topk up to ties, and on a CPU three to four times as fast.
+    """The k largest of each row, exactly as torch.topk up to ties, and on a CPU several times as fast.
 
     The k largest of a row lie in the k groups with the largest maxima, so a maximum per group (one vectorised pass)
-    leaves k · g candidates of M. Both selections are numpy's vectorised quickselect: torch.topk visits (value, index)
+    leaves k · g candidates of M. Both choices are made by value: numpy's vectorised quickselect finds the k-th largest,
+    and the places at or above it are the choice, unless a tie makes them too many. torch.topk visits (value, index)
     pairs one by one, at M = 2,048 three times as long as the encoder's product takes.
     """
     width = block.shape[-1]
@@ -160,15 +161,15 @@ def row_topk(block: Tensor, k: int, *, in_order: bool = False) -> tuple[Tensor, 
         return values, indices
     groups = _group_size(width, k)
     if groups == 1:
-        indices = _partition(block, k)
+        indices = _largest(block, k)
         values = block.gather(-1, indices)
     else:
         # Groups are strided, so that the maximum runs over whole vectors.
-        best = _partition(block.view(-1, groups, width // groups).amax(1), k)
+        best = _largest(block.view(-1, groups, width // groups).amax(1), k)
         offsets = torch.arange(0, width, width // groups)
         candidates = (best[:, None, :] + offsets[:, None]).flatten(1)
         held = block.gather(-1, candidates)
-        chosen = _partition(held, k)
+        chosen = _largest(held, k)
         values, indices = held.gather(-1, chosen), candidates.gather(-1, chosen)
     if in_order:
         values, order = values.sort(-1, descending=True)
@@ -182,14 +183,27 @@ def _group_size(width: int, k: int) -> int:
     return min(fitting, key=lambda g: width / g + k * g, default=1)
 
 
-def _partition(block: Tensor, k: int) -> Tensor:
+def _largest(block: Tensor, k: int) -> Tensor:
     """Positions of each row's k largest, in no order, on as many threads as torch may use."""
-    rows, cut = block.detach().numpy(), block.shape[-1] - k
+    rows = block.detach().numpy()
     threads = min(torch.get_num_threads(), max(1, rows.size >> 17))
     if threads == 1:
-        return torch.from_numpy(np.argpartition(rows, cut, axis=-1)[:, cut:])
-    parts = _pool(threads).map(lambda part: np.argpartition(part, cut, axis=-1)[:, cut:], np.array_split(rows, threads))
+        return torch.from_numpy(_positions(rows, k))
+    parts = _pool(threads).map(lambda part: _positions(part, k), np.array_split(rows, threads))
     return torch.from_numpy(np.concatenate(list(parts)))
+
+
+def _positions(rows: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
+    count, width = rows.shape
+    kth = np.partition(rows, width - k, axis=-1)[:, width - k, None]
+    found = np.flatnonzero(rows >= kth)
+    begin = np.arange(0, count * width, width)[:, None]
+    if found.size == count * k:
+        positions = found.reshape(count, k) - begin
+        # Positions rise within a row, so the outermost tell whether k lie in each; with NaN they need not.
+        if not count or (positions[:, 0].min() >= 0 and positions[:, -1].max() < width):
+            return positions
+    return np.argpartition(rows, width - k, axis=-1)[:, width - k :]  # ties
 
 
 @cache

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,21 +44,16 @@ class Routes:
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """Entry numbers in latent order, their tokens, and where each latent's entries begin."""
         if self._by_latent is None:
-            flat = self.indices.flatten()
-            if self.valid is None:
-                latent, entry = torch.sort(flat, stable=True)
-            else:
+            flat, entry = self.indices.flatten(), None
+            if self.valid is not None:
                 entry = self.valid.flatten().nonzero().squeeze(1)
-                latent, order = torch.sort(flat[entry], stable=True)
-                entry = entry[order]
-            bounds = torch.arange(self.latents, device=flat.device)
-            self._by_latent = entry, self.owners()[entry], torch.searchsorted(latent, bounds)
+                flat = flat[entry]
+            order = _stable_order(flat, self.latents)
+            entry = order if entry is None else entry[order]
+            counts = torch.bincount(flat, minlength=self.latents)
+            token = entry.div(max(self.indices.shape[1], 1), rounding_mode="floor")
+            self._by_latent = entry, token, counts.cumsum(0) - counts
         return self._by_latent
-
-    def owners(self) -> Tensor:
-        """The token of each entry, as the entries lie."""
-        n, width = self.indices.shape
-        return torch.arange(n, device=self.indices.device).repeat_interleave(width)
 
     def sum_by_latent(self, weights: Tensor, rows: Tensor) -> Tensor:
         """(M, D): for each latent, Σ over its entries of weight times the token's row."""
@@ -94,6 +90,13 @@ class Routes:
         """The code as a dense (N, M) tensor."""
         out = weights.new_zeros(self.indices.shape[0], self.latents)
         return out.scatter_add_(1, self.indices, self.masked(weights))
+
+
+def _stable_order(keys: Tensor, bound: int) -> Tensor:
+    """The stable sort of whole numbers below ``bound``: narrow keys on a CPU, where numpy sorts 16 bits by radix."""
+    if keys.device.type == "cpu" and bound <= 1 << 16:
+        return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
+    return torch.sort(keys.int(), stable=True).indices
 
 
 def bag(indices: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ import torch
 
 from sparsify._coder import SparseCoder
 from sparsify._config import TrainConfig
-from sparsify._errors import ConfigError, FormatError
+from sparsify._errors import FormatError
 from sparsify._files import load_many
 
 
 def fresh_coder(cfg: TrainConfig, d_in: int, d_out: int, seed: int) -> SparseCoder:
     """A new coder whose weights depend on the seed alone, and which leaves the global generator untouched."""
-    if cfg.k_decay_steps and cfg.sae.activation != "topk":
-        raise ConfigError(f"k_decay_steps changes k every step, which {cfg.sae.activation} cannot follow: use topk")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SparseCoder(d_in, cfg.sae, d_out=d_out if cfg.sae.transcode else None)

@@ -42,6 +42,7 @@ class Trainer:
             put in evaluation mode while training runs and is left as it was.
         source: activations from elsewhere, such as an `ActivationCache`; then dataset and model are not needed for
             ``loss_fn="fvu"``.
+        device: where coders live without a model; with one, they live where it does.
         recipe: how model and data came about; kept in config.json beside the configuration.
         loggers: receive the averages of each interval, beside metrics.jsonl and the terminal.
     """
@@ -53,6 +54,7 @@ class Trainer:
         model: nn.Module | None = None,
         *,
         source: Source | None = None,
+        device: str | torch.device | None = None,
         loggers: Sequence[Logger] = (),
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
@@ -62,7 +64,7 @@ class Trainer:
         self.source = source or self._on_the_fly(dataset)
         self.hookpoints = list(self.source.widths)
         self.owned = self.processes.owned(self.hookpoints) if cfg.distribute_modules else self.hookpoints
-        self.device = torch.device("cpu") if model is None else _hooks.device_of(model)
+        self.device = torch.device(device or "cpu") if model is None else _hooks.device_of(model)
         self.saes: dict[str, SparseCoder] = {}
         for hook in self.owned:
             d_in, d_out = self.source.widths[hook]
@@ -171,14 +173,14 @@ class Trainer:
     def _local_losses(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
         batch = self.source.batch(index)
         for hook in list(batch):
-            pair = batch.pop(hook)
+            pair = _moved(batch.pop(hook), self.device)
             if self.cfg.distribute_modules:
                 pair = self._to_owner(hook, pair)
                 if hook not in self.owned:
                     continue
             pair = Pair(x := pair.x.float(), x if pair.y is pair.x else pair.y.float())
             variance = self._variance(pair, hook, index)
-            for place, (name, coder) in enumerate(self.saes.items()):
+            for name, coder in self.saes.items():
                 if name != hook and name.rpartition("/seed")[0] != hook:
                     continue
                 if self.global_step == 0 and index == 0 and not self.cfg.finetune:
@@ -186,27 +188,24 @@ class Trainer:
                 for x, y in zip(pair.x.chunk(self.cfg.micro_acc_steps), pair.y.chunk(self.cfg.micro_acc_steps)):
                     with self._precision():
                         out = coder(x, y, dead_mask=self._dead(name), total_variance=variance, k=k)
-                    self._losses(out, name, coder, fired, tokens, place, len(x))
+                    share = 1 / self.cfg.grad_acc_steps
+                    added = self._added(out, self.cfg.micro_acc_steps * self._replicas)
+                    ((out.fvu + added) * share).backward()
+                    self._record(out, name, fired, tokens, share)
 
-    def _losses(
-        self,
-        out: ForwardOutput,
-        name: str,
-        coder: SparseCoder,
-        fired: Mapping[str, Tensor],
-        tokens: Tensor,
-        place: int,
-        count: int,
-    ) -> None:
+    def _added(self, out: ForwardOutput, parts: int) -> Tensor:
+        """The losses beside the reconstruction's or the model's own; ``parts`` chunks are summed to a batch's."""
         cfg = self.cfg
-        loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
-        share = 1 / cfg.grad_acc_steps
-        if out.sparsity_loss.requires_grad:
-            loss = loss + cfg.sparsity_coefficient * out.sparsity_loss / (cfg.micro_acc_steps * self._replicas)
-        (loss * share).backward()
-        active = out.latent_acts.detach() > 0
+        loss = cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
+        if out.sparsity_loss.requires_grad:  # a mean over tokens, where the others are shares of the batch's variance
+            loss = loss + cfg.sparsity_coefficient * out.sparsity_loss / parts
+        return loss
+
+    def _record(self, out: ForwardOutput, name: str, fired: Mapping[str, Tensor], tokens: Tensor, share: float) -> None:
+        """Count who fired, and add to the interval's averages."""
+        coder, active = self.saes[name], out.latent_acts.detach() > 0
         fired[name].scatter_add_(0, out.latent_indices.flatten(), active.flatten().int())
-        tokens[place] += count
+        tokens[list(self.saes).index(name)] += active.shape[0]
         self.meters.add(f"fvu/{name}", out.fvu.detach() * share)
         self.meters.add(f"l0_sum/{name}", active.sum())
         for key, value in (("auxk", out.auxk_loss), ("multi_topk_fvu", out.multi_topk_fvu), ("nested", out.nested_fvu)):
@@ -219,27 +218,34 @@ class Trainer:
 
         assert isinstance(self.source, OnTheFly)
         assert self.model is not None
-        ids = self.source.tokens(index)
-        if self.global_step == 0 and index == 0 and not self.cfg.finetune:
+        ids, cfg = self.source.tokens(index), self.cfg
+        if self.global_step == 0 and index == 0 and not cfg.finetune:
             for hook, pair in self.source.batch(index).items():
+                self._variance(pair, hook, index)
                 self._initialise(self.saes[hook], Pair(pair.x.float(), pair.y.float()))
-        keep = ~torch.isin(ids, self.source.exclude)
-        loss, codes = spliced_loss(self.model, self.saes, ids, keep, self.cfg.loss_fn, k)
+        keep = ~torch.isin(ids, self.source.exclude) if self.source.exclude.numel() else None
+        if keep is not None and not bool(keep.any()):
+            raise DataError(f"batch {index}: every token is excluded: exclude_tokens leaves nothing")
+        dead = {name: self._dead(name) for name in self.saes}
+        try:
+            loss, outs = spliced_loss(self.model, self.saes, ids, keep, cfg.loss_fn, k, dead)
+        except DataError as error:
+            raise DataError(f"batch {index}: {error}: the model's weights are broken, or the run diverged") from None
         if not bool(torch.isfinite(loss)):
-            raise DataError(
-                f"batch {index}: the {self.cfg.loss_fn} loss is {float(loss.detach())}; lower the learning rate"
-            )
-        (loss / (self.cfg.grad_acc_steps * self._replicas)).backward()
-        self.meters.add(self.cfg.loss_fn, loss.detach() / (self.cfg.grad_acc_steps * self._replicas))
-        for place, (name, (acts, indices)) in enumerate(codes.items()):
-            fired[name].scatter_add_(0, indices.flatten(), (acts > 0).flatten().int())
-            tokens[place] += acts.shape[:-1].numel()
-            self.meters.add(f"l0_sum/{name}", (acts > 0).sum())
+            raise DataError(f"batch {index}: the {cfg.loss_fn} loss is {float(loss.detach())}; lower the learning rate")
+        share = 1 / (cfg.grad_acc_steps * self._replicas)
+        added = [self._added(out, 1) for out in outs.values()]
+        (torch.stack([loss, *added]).sum() * share).backward()
+        self.meters.add(cfg.loss_fn, loss.detach() * share)
+        for name, out in outs.items():
+            self._record(out, name, fired, tokens, share)
 
     def _update(self, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
         if self._replicas > 1:
             self.processes.sum_(tokens, *fired.values())
             self.processes.sum_(*(p.grad for c in self.saes.values() for p in c.parameters() if p.grad is not None))
+            # Running means, such as BatchTopK's threshold, are the first process's.
+            self.processes.broadcast_(*(buffer for c in self.saes.values() for buffer in c.buffers()))
         self.optimiser.step(self.global_step)
         for place, (name, coder) in enumerate(self.saes.items()):
             coder.after_step()
@@ -319,6 +325,7 @@ class Trainer:
 
     def save(self) -> None:
         """Publish the coders and keep the state; safe to be killed in the middle."""
+        improved = self._improved() if self.cfg.save_best else ()
         with self.optimiser.averaged():
             for name, coder in self.saes.items():
                 if self.cfg.optimizer == "signum":
@@ -326,7 +333,7 @@ class Trainer:
                 if self.cfg.distribute_modules or self.processes.first:
                     published = self._published(coder)
                     save_coder(published, self.folder / name)
-                    if self.cfg.save_best and self._improved(name):
+                    if name in improved:
                         save_coder(published, self.folder / "best" / name)
         self.meters.saved()
         _checkpoint.write_state(self.folder, self.global_step, self.state_dict(), self.processes)
@@ -340,11 +347,16 @@ class Trainer:
         twin.load_state_dict(coder.state_dict(), assign=True)
         return twin
 
-    def _improved(self, name: str) -> bool:
-        mean = self.meters.mean_since_save(f"fvu/{name}")
-        better = mean < self.best[name]
-        self.best[name] = min(mean, self.best[name])
-        return better
+    def _improved(self) -> list[str]:
+        """The coders whose loss since the last checkpoint is the best so far; end to end they share the model's."""
+        found = []
+        for name in self.saes:
+            key = f"fvu/{name}" if self.cfg.loss_fn == "fvu" else self.cfg.loss_fn
+            mean = self.meters.mean_since_save(key, self.processes if self._replicas > 1 else None)
+            if mean < self.best[name]:
+                found.append(name)
+                self.best[name] = mean
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later process needs to go on as if there had been no interruption."""
@@ -380,6 +392,11 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.tokens_since_fired = state["tokens_since_fired"]
         self.best, self.meters.interval = state["best"], state["metrics"]
+
+
+def _moved(pair: Pair, device: torch.device) -> Pair:
+    x = pair.x.to(device)
+    return Pair(x, x if pair.y is pair.x else pair.y.to(device))
 
 
 def _described(cfg: TrainConfig) -> dict[str, Any]:

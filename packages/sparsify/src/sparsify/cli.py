@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from sparsify._config import SaeConfig, TrainConfig
-from sparsify._errors import SparsifyError
+from sparsify._errors import ConfigError, SparsifyError
 from sparsify._options import Command, options_from, parse_assignments
 
 
@@ -32,7 +33,7 @@ class Artifacts:
     revision: str | None = None
     """Model revision."""
     load_in_8bit: bool = False
-    """Load the model in 8 bits (needs bitsandbytes and CUDA)."""
+    """Load the model in 8 bits, by bitsandbytes."""
     max_examples: int | None = None
     """At most this many rows; required for streamed datasets."""
     text_column: str = "text"
@@ -75,7 +76,7 @@ def train(model: str, dataset: str, resume: bool, cache: str | None, as_json: bo
         cfg = TrainConfig(sae=coder, **options)
         arguments = parse_assignments(artifacts.data_args)
         if cache is not None:
-            averages, folder = _train_from_cache(cache, cfg, resume)
+            averages, folder = _train_from_cache(cache, cfg, artifacts, resume)
         else:
             averages, folder = _train(model, dataset, cfg, artifacts, arguments, resume)
     if averages is None:
@@ -138,17 +139,41 @@ def _train(
         return (trainer.averages if first else None), str(trainer.folder)
 
 
-def _train_from_cache(folder: str, cfg: TrainConfig, resume: bool) -> tuple[dict[str, float] | None, str]:
+# What a cache has settled: these say how activations are made, and it holds them made.
+_SETTLED = ("model", "dataset", "batch_size", *(f.name for f in fields(Artifacts)))
+_STILL_OPEN = ("device", "exclude_special", "hf_token")
+
+
+def _train_from_cache(
+    folder: str, cfg: TrainConfig, artifacts: Artifacts, resume: bool
+) -> tuple[dict[str, float] | None, str]:
+    context = click.get_current_context()
+    for name in _SETTLED:
+        if name not in _STILL_OPEN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            shown = name.upper() if name in ("model", "dataset") else f"--{name}"
+            raise ConfigError(f"{shown} would do nothing, since --cache holds activations already made: leave it out")
+    from sparsify import _load, _parallel
     from sparsify._cache import ActivationCache
     from sparsify._trainer import Trainer
 
-    cache = ActivationCache(folder)
-    source = cache.source_for(cfg)
-    trainer = Trainer(cfg, source=source, recipe=cache.manifest["recipe"])
-    if resume:
-        trainer.load_state()
-    trainer.fit()
-    return trainer.averages, str(trainer.folder)
+    with _parallel.joined() as local_rank:
+        processes = _parallel.Processes()
+        cache = ActivationCache(folder)
+        recipe = cache.manifest["recipe"]
+        if artifacts.exclude_special:
+            if "model" not in recipe:
+                raise ConfigError(
+                    f"--exclude_special: {folder} does not say whose tokens it holds: use --exclude_tokens"
+                )
+            ids = _load.special_ids(recipe["model"], recipe.get("revision"), artifacts.hf_token)
+            cfg = replace(cfg, exclude_tokens=(*cfg.exclude_tokens, *ids))
+        cfg = replace(cfg, batch_size=cache.manifest["batch_size"])
+        source = cache.source_for(cfg, (processes.rank, processes.world))
+        trainer = Trainer(cfg, source=source, device=_load.pick_device(artifacts.device, local_rank), recipe=recipe)
+        if resume:
+            trainer.load_state()
+        trainer.fit()
+        return (trainer.averages if processes.first else None), str(trainer.folder)
 
 
 @sae.command("eval", cls=Command)
@@ -282,7 +307,7 @@ def cache_command(
                 batch_size=batch_size,
                 pairs=pairs,
                 max_batches=max_batches,
-                recipe={"model": model, "dataset": dataset},
+                recipe={"model": model, "dataset": dataset, "revision": options["revision"]},
                 progress=progress,
             )
         click.echo(f"{len(cache)} batches of {', '.join(cache.hookpoints)}, {cache.bytes / 2**20:,.1f} MiB in {out}")
