@@ -24,7 +24,7 @@ from probing._data import ProbeData, take
 from probing._errors import SiteError
 from probing._intervene import Intervention, intervened
 from probing._sites import Site
-from probing._tensors import copied_arguments, first_tensor, hidden_states, map_tensors, with_hidden
+from probing._tensors import copied_arguments, first_tensor, hidden_states, map_tensors, model_device, with_hidden
 
 if TYPE_CHECKING:
     from probing._probes import _Probe
@@ -71,22 +71,24 @@ class Prefix:
         self._modules = dict(probe.base.named_modules())
         self._sites = probe.circuit.sites
         self._chain, self._source = self._find_chain()
+        self._padded = _padded_row(data)
         self._selects: _Selection = None
         self._selects = self._find_selection()
         self._fixed = self._find_fixed()
 
-        rows = torch.arange(len(data))
-        entries = (self._entries(2), self._entries(3))
-        parts = rows.split(batch_size)
-        small = [self._enter(rows[:size]) for size in (2, 3)]
-        self._calls = _joined([self._enter(part) for part in parts], small[0], small[1], entries)
+        # Models build another mask, or none, for batches without padding: each batch here has the same padded row more.
+        extra = torch.tensor([], dtype=torch.long) if self._padded is None else torch.tensor([self._padded])
+        parts = [torch.cat([part, extra]) for part in torch.arange(len(data)).split(batch_size)]
+        two, three = (torch.cat([torch.arange(size), extra]) for size in (2, 3))
+        entries = (self._entries(two), self._entries(three), self._entries(extra))
+        self._calls = _joined([self._enter(part) for part in parts], self._enter(two), self._enter(three), entries)
         ones = [Intervention(site, torch.ones(site.shape, device=self._device(site))) for site in self._sites]
 
         def constants(part: Tensor) -> dict[str, Any]:
             outputs = self._outputs(part, ones) if self._fixed else {}
             return {path: outputs[path] for path in self._fixed}
 
-        raw = [constants(part) for part in (*parts, rows[:2], rows[:3])]
+        raw = [constants(part) for part in (*parts, two, three)]
         self._stored = _joined(raw[:-2], raw[-2], raw[-1], entries)
 
     @property
@@ -140,10 +142,10 @@ class Prefix:
         return [f"{stack}{index}" for index in range(min(blocks), layout.index + 1)], source
 
     def _device(self, site: Site) -> torch.device:
-        return next(self._modules[site.path].parameters()).device
+        return model_device(self._modules[site.path])
 
-    def _entries(self, rows: int) -> int:
-        return len(self.data.positions_of(torch.arange(rows))) if self._selects == "root" else rows
+    def _entries(self, rows: Tensor) -> int:
+        return len(self.data.positions_of(rows)) if self._selects == "root" and len(rows) else len(rows)
 
     # Running the chain
 
@@ -220,7 +222,8 @@ class Prefix:
     # Trying out what is constant and what works position by position
 
     def _few(self) -> Tensor:
-        return torch.arange(3)
+        others = [row for row in range(4) if row != self._padded][:3]
+        return torch.tensor(others if self._padded is None else [*others[:2], self._padded])
 
     def _block(self) -> nn.Module:
         readout = self.probe.readout
@@ -244,7 +247,7 @@ class Prefix:
                 try:
                     if choice == "root" and not self._one_tensor(rows):
                         continue
-                    if choice == "queries" and not bool((self.data.counts == 1).all()):
+                    if choice == "queries" and not self.data.single:
                         continue
                     found = self._run(self._enter(rows), rows)
                 except (RuntimeError, ValueError, IndexError, TypeError):
@@ -339,14 +342,27 @@ class _Rows:
         return changed if self.fold == 1 else changed.flatten(0, 1)
 
 
-def _joined(parts: Sequence[Any], two: Any, three: Any, entries: tuple[int, int]) -> Any:
-    """One tree from the trees of several batches; which tensors have a row axis shows in batches of two and three."""
+def _padded_row(data: ProbeData) -> int | None:
+    """A row with padding, if there are rows with and without."""
+    for name, tensor in data.inputs.items():
+        if name.endswith("attention_mask") and tensor.ndim == 2:
+            padded = (tensor == 0).any(1)
+            if bool(padded.any()):
+                return int(padded.int().argmax())
+    return None
+
+
+def _joined(parts: Sequence[Any], two: Any, three: Any, entries: tuple[int, int, int]) -> Any:
+    """One tree from the trees of several batches; which tensors have a row axis shows in batches of two and three.
+
+    ``entries``: how many entries of that axis these two batches have, and how many at each part's end are to go.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         fold, rest = divmod(two.shape[0] if first.ndim else 0, entries[0])
         if rest or not fold or three.shape[0] != fold * entries[1]:
             return first
-        stacked = torch.cat(list(parts))
+        stacked = torch.cat([part[: len(part) - fold * entries[2]] for part in parts])
         return _Rows(stacked if fold == 1 else stacked.unflatten(0, (-1, fold)), fold)
     if isinstance(first, tuple | list):
         items = [_joined(column, a, b, entries) for *column, a, b in zip(*parts, two, three)]
