@@ -12,7 +12,7 @@ from probing._circuit import fresh_weights
 from probing._errors import MaskError, check_choice
 from probing._intervene import Intervention, intervened, recorded
 from probing._masks import Masks
-from probing._sites import expert_parameters
+from probing._sites import check_plain, expert_parameters
 from probing._tensors import first_tensor
 
 How = Literal["zero", "mean", "resample", "random"]
@@ -123,6 +123,7 @@ def _in_weights(model: nn.Module, item: Intervention, how: How, generator: torch
     site, module = item.site, model.get_submodule(item.site.path)
     if site.unit == "module":
         raise MaskError(f"{site.path!r}: a whole module has no weight of its own; ablate in activation space")
+    check_plain(site, module, "exchange")
     weight = module.get_parameter(expert_parameters(module)[0] if site.unit == "expert" else "weight").detach()
     if how == "random":
         new = fresh_weights(module, site, generator)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, Self, cast
@@ -17,8 +17,8 @@ from probing._controls import sample_like
 from probing._errors import ConfigError, MaskError, SiteError, check_choice
 from probing._intervene import Intervention, intervened
 from probing._masks import Masks, weights_digest
-from probing._rules import MaskRule
-from probing._sites import Site, find_sites, magnitudes
+from probing._rules import Magnitude, MaskRule
+from probing._sites import Site, bias_of, check_plain, expert_parameters, find_sites, magnitudes
 
 
 class SiteMask(nn.Module):
@@ -95,7 +95,9 @@ class CircuitModel(nn.Module):
 
     def _site_mask(self, site: Site) -> SiteMask:
         module = self.wrapped_model.get_submodule(site.path)
-        bias = module.get_parameter("bias") if self.config.mask_bias and site.has_bias else None
+        bias = bias_of(module) if self.config.mask_bias and site.has_bias else None
+        if type(self.rule) is Magnitude:
+            check_plain(site, module, "rank")
         norms = magnitudes(site, module)
         return SiteMask(site, self.rule, norms, bias, self._generator(norms.device)).to(norms.device)
 
@@ -107,9 +109,10 @@ class CircuitModel(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """The masked sites, in the model's order."""
-        return [mask.site for mask in self._each()]
+        return [mask.site for mask in self.each()]
 
-    def _each(self) -> Iterator[SiteMask]:
+    def each(self) -> Iterator[SiteMask]:
+        """The masks, in the model's order."""
         return (cast("SiteMask", mask) for mask in self.site_masks)
 
     @property
@@ -144,12 +147,26 @@ class CircuitModel(nn.Module):
         if force_resample:
             self._drawn.clear()
 
+    @property
+    def ablation(self) -> str:
+        """What eval mode removes: see `set_ablate_mode`."""
+        return self._ablation
+
+    def random_state(self) -> dict[str, Tensor]:
+        """The state of the masks' random numbers, by device."""
+        return {str(device): generator.get_state() for device, generator in self._generators.items()}
+
+    def restore_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Draw again from there."""
+        for device, random in state.items():
+            self._generator(torch.device(device)).set_state(random)
+
     def use_masks(self, value: bool, name_list: str | Sequence[str] | None = None) -> None:
         """Turn masks on or off, all or those whose module path matches one of the patterns."""
         patterns = ["*"] if name_list is None else [name_list] if isinstance(name_list, str) else list(name_list)
-        hits = [mask for mask in self._each() if any(fnmatchcase(mask.site.path, p) for p in patterns)]
+        hits = [mask for mask in self.each() if any(fnmatchcase(mask.site.path, p) for p in patterns)]
         if name_list is not None and not hits:
-            paths = ", ".join(mask.site.path for mask in self._each())
+            paths = ", ".join(mask.site.path for mask in self.each())
             raise SiteError(f"no masked site matches {name_list!r}; the sites are: {paths}")
         for mask in hits:
             mask.active = value
@@ -158,7 +175,7 @@ class CircuitModel(nn.Module):
         """What this model currently changes in its base, as data."""
         if self.training and self._ablation != "none":
             raise MaskError(f"ablation {self._ablation!r} is for trained masks: call .eval() first")
-        return [self._intervention(mask) for mask in self._each() if mask.active]
+        return [self._intervention(mask) for mask in self.each() if mask.active]
 
     def _intervention(self, mask: SiteMask) -> Intervention:
         if self.training:
@@ -202,13 +219,11 @@ class CircuitModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the masked model; a loss it returns has the sparsity penalty added (training mode, ``add_l0``)."""
-        with ExitStack() as stack:
-            stack.enter_context(self.applied())
+        with self.applied():
             output = self.wrapped_model(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if self.config.add_l0 and self.training and loss is not None:
-            output["loss"] = loss + self.config.l0_lambda * self.l0_loss()
-        return output
+        if not (self.config.add_l0 and self.training):
+            return output
+        return _with_loss(output, lambda loss: loss + self.config.l0_lambda * self.l0_loss())
 
     def l0_loss(self) -> Tensor:
         """The differentiable penalty, by ``config.l0_norm``: weights kept, units kept, or the share of units kept."""
@@ -218,7 +233,7 @@ class CircuitModel(nn.Module):
         """The penalty's value: of the soft masks, or of the binary ones. It does not depend on the ablation mode."""
         norm = norm or self.config.l0_norm
         total, possible = torch.zeros((), device=self._device()), 0.0
-        for mask in self._each():
+        for mask in self.each():
             kept, bias = mask.kept(self._temperature, soft)
             scale = mask.site.weights if norm == "paper" else 1
             total = total + scale * kept.sum() + (0 if bias is None else bias.sum())
@@ -226,7 +241,7 @@ class CircuitModel(nn.Module):
         return total / possible if norm == "mean" and possible else total
 
     def _device(self) -> torch.device:
-        return next((mask.logits.device for mask in self._each()), torch.device("cpu"))
+        return next((mask.logits.device for mask in self.each()), torch.device("cpu"))
 
     def compute_l0_statistics(self) -> dict[str, Any]:
         """Weights in the binary circuit: ``total_l0``, ``max_l0``, ``layer2l0``, ``layer2maxl0``.
@@ -234,7 +249,7 @@ class CircuitModel(nn.Module):
         A unit counts all its weights: one neuron of a Linear(10, 20) less takes 200 to 190.
         """
         kept, most = {}, {}
-        for mask in self._each():
+        for mask in self.each():
             units, bias = mask.hard(), mask.hard_bias()
             path = mask.site.path
             kept[path] = int(units.sum()) * mask.site.weights + (0 if bias is None else int(bias.sum()))
@@ -244,7 +259,7 @@ class CircuitModel(nn.Module):
     def undecided(self, low: float = 0.1, high: float = 0.9) -> float:
         """The share of units whose soft mask lies strictly between: a stopping rule for annealed training."""
         between = total = 0
-        for mask in self._each():
+        for mask in self.each():
             soft = mask.rule.kept(mask.logits.detach(), self._temperature)
             between += int(((soft > low) & (soft < high)).sum())
             total += soft.numel()
@@ -252,18 +267,18 @@ class CircuitModel(nn.Module):
 
     def threshold_to(self, share: float) -> None:
         """Shift all logits by one constant so that exactly this share of units is kept, biases not counted."""
-        logits = torch.cat([mask.logits.detach().flatten() for mask in self._each()])
+        logits = torch.cat([mask.logits.detach().flatten() for mask in self.each()])
         kept = round(share * logits.numel())
         order = logits.sort(descending=True).values
         ends = torch.cat([order[:1] + 1, order, order[-1:] - 1])
         middle = (ends[kept] + ends[kept + 1]) / 2
         with torch.no_grad():
-            for mask in self._each():
+            for mask in self.each():
                 mask.logits.sub_(middle)
 
     def masks(self, **info: Any) -> Masks:
         """The binary circuit as an artefact, whatever the ablation mode."""
-        each = list(self._each())
+        each = list(self.each())
         sites = {mask.site.path: mask.site for mask in each}
         biases = {mask.site.path: mask.hard_bias() for mask in each}
         return Masks(
@@ -282,11 +297,11 @@ class CircuitModel(nn.Module):
             MaskError: masks of another model, or of other sites.
         """
         masks.check(self.wrapped_model, same_weights=same_weights)
-        own = {mask.site.path: mask.site for mask in self._each()}
+        own = {mask.site.path: mask.site for mask in self.each()}
         if own != masks.sites:
             raise MaskError(f"this model masks {', '.join(own)}; the masks are for {', '.join(masks.sites)}")
         with torch.no_grad():
-            for mask in self._each():
+            for mask in self.each():
                 path = mask.site.path
                 mask.logits.copy_(masks.logits[path] if path in masks.logits else masks.keep[path].float() * 2 - 1)
                 if mask.bias_logits is not None and path in masks.bias_keep:
@@ -311,8 +326,7 @@ class CircuitModel(nn.Module):
 
 def fresh_weights(module: nn.Module, site: Site, generator: torch.Generator) -> Tensor:
     """New initial values for a site's weight, drawn on the CPU: N(0, 0.02) for Conv1D, Kaiming-uniform otherwise."""
-    from probing._sites import expert_parameters
-
+    check_plain(site, module, "draw anew")
     name = expert_parameters(module)[0] if site.unit == "expert" else "weight"
     weight = module.get_parameter(name)
     drawn = torch.empty(weight.shape, dtype=torch.float32)
@@ -321,3 +335,17 @@ def fresh_weights(module: nn.Module, site: Site, generator: torch.Generator) -> 
     else:
         nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
     return drawn.to(weight.device, weight.dtype)
+
+
+def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output with its loss, if it has one, changed: by name, or – ``return_dict=False`` – a first scalar."""
+    if isinstance(output, tuple):
+        first = output[0] if output else None
+        if not isinstance(first, Tensor) or first.ndim or not first.is_floating_point():
+            return output
+        return (change(first), *output[1:])
+    named = isinstance(output, dict)
+    loss = output.get("loss") if named else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        output.__setitem__("loss", change(loss)) if named else setattr(output, "loss", change(loss))
+    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class ProbeData:
         token_mask: [rows, positions], True where the model is probed.
 
     Raises:
-        DataError: lengths that disagree, a mask that selects nothing, labels of one class only.
+        DataError: lengths that disagree, a mask that selects nothing or padding, labels of one class only.
     """
 
     inputs: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class ProbeData:
             raise DataError(f"the inputs' first axes disagree: {lengths}")
         object.__setattr__(self, "labels", select_labels(self.labels, self.token_mask))
         check_labels(self.labels)
+        check_attended(self.token_mask, self.inputs)
 
     @classmethod
     def at_last(cls, inputs: Mapping[str, Tensor], labels: Tensor) -> ProbeData:
@@ -51,10 +53,19 @@ class ProbeData:
     def __len__(self) -> int:
         return len(self.token_mask)
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """Probed positions per row."""
         return self.token_mask.sum(1)
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether each row has exactly one probed position."""
+        return bool((self.counts == 1).all())
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return self.counts.cumsum(0)
 
     def classes(self) -> int:
         """The largest label plus one."""
@@ -72,10 +83,9 @@ class ProbeData:
 
     def positions_of(self, rows: Tensor) -> Tensor:
         """Where in ``labels`` (and in any [R, …] of probed vectors) these rows are."""
-        counts = self.counts
-        if bool((counts == 1).all()):
+        if self.single:
             return rows
-        ends = counts.cumsum(0)
+        counts, ends = self.counts, self._ends
         return torch.cat([torch.arange(int(ends[r] - counts[r]), int(ends[r])) for r in rows.tolist()])
 
     def to(self, device: torch.device | str) -> ProbeData:
@@ -132,6 +142,20 @@ def check_labels(labels: Tensor) -> None:
         raise DataError(f"labels must be integers, found {labels.dtype}")
     if int(labels.min()) == int(labels.max()):
         raise DataError(f"all {len(labels)} labels are {int(labels[0])}: with one class there is nothing to tell apart")
+
+
+def check_attended(token_mask: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Refuse probed positions that are padding (an encoder-decoder's mask is the encoder's, so nothing is said)."""
+    attended = inputs.get("attention_mask")
+    if not isinstance(attended, Tensor) or attended.shape != token_mask.shape or "decoder_input_ids" in inputs:
+        return
+    padding = (token_mask & (attended == 0).to(token_mask.device)).nonzero()
+    if len(padding):
+        row, position = padding[0].tolist()
+        raise DataError(
+            f"token_mask selects position {position} of row {row}, which attention_mask says is padding; "
+            "ProbeData.at_last finds each row's last real token"
+        )
 
 
 def take(value: Any, rows: Tensor) -> Any:

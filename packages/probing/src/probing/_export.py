@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from probing._errors import MaskError
 from probing._masks import Masks
-from probing._sites import expert_parameters, over_weight
+from probing._sites import check_plain, expert_parameters, over_weight
 
 
 def pruned_state_dict(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
@@ -30,6 +30,7 @@ def pruned_state_dict(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         if site.unit == "module":
             raise MaskError(f"{path!r}: no weights say that a module is off; mask its neurons or heads instead")
         module = model.get_submodule(path)
+        check_plain(site, module, "prune")
         names = expert_parameters(module) if site.unit == "expert" else ["weight"]
         for name in names:
             weight = module.get_parameter(name)

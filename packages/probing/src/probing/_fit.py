@@ -221,7 +221,7 @@ class _Trainer:
             "head": self.probe.probe.state_dict() if isinstance(self.probe, SubnetworkProbe) else {},
             "optimiser": self.optimiser.state_dict(),
             "multipliers": self.multipliers.detach(),
-            "random": {str(d): g.get_state() for d, g in self.probe.circuit._generators.items()},
+            "random": self.probe.circuit.random_state(),
             "order": state.order,
             "order_random": state.generator.get_state(),
             "step": state.step,
@@ -244,8 +244,7 @@ class _Trainer:
         self.optimiser.load_state_dict(blob["optimiser"])
         with torch.no_grad():
             self.multipliers.copy_(blob["multipliers"])
-        for device, random in blob["random"].items():
-            self.probe.circuit._generator(torch.device(device)).set_state(random)
+        self.probe.circuit.restore_random_state(blob["random"])
         state.order, state.step = blob["order"], blob["step"]
         state.generator.set_state(blob["order_random"])
         self.losses, self.kept, self.temperatures = (list(values) for values in blob["trace"])

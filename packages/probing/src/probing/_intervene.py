@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from probing._errors import MaskError
-from probing._sites import Site, expert_parameters, over_weight
+from probing._sites import Site, bias_of, check_plain, expert_parameters, has_plain_weight, over_weight
 from probing._tensors import first_tensor, replace_first_tensor
 
 
@@ -79,6 +79,7 @@ def _in_weights(module: nn.Module, item: Intervention) -> Iterator[None]:
         raise MaskError(
             f"{site.path!r}: a whole module has no weight of its own to exchange; use zero or mean ablation"
         )
+    check_plain(site, module, "exchange")
     names = expert_parameters(module) if site.unit == "expert" else ["weight"]
     with ExitStack() as stack:
         for name in names:
@@ -98,7 +99,7 @@ def _in_weights(module: nn.Module, item: Intervention) -> Iterator[None]:
 @contextmanager
 def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
     """y = keep·(xW) + b, without a copy of the weight: a scale per channel on the output."""
-    bias = module._parameters.get("bias")
+    bias, own = bias_of(module), has_plain_weight(module)
     channels_last = not isinstance(module, nn.Conv1d | nn.Conv2d)
 
     def along(vector: Tensor, output: Tensor) -> Tensor:
@@ -108,6 +109,8 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         keep = along(item.keep, output)
         shift = None if bias is None else along(bias, output)
+        if shift is not None and not own:
+            output = output - shift
         if shift is not None and item.bias_keep is not None:
             shift = shift * along(item.bias_keep, output)
         if item.fill is not None:
@@ -117,7 +120,7 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
         return output * keep if shift is None else _Scaled.apply(output, keep, shift)  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
-        if bias is not None:
+        if bias is not None and own:  # other layers may insist on theirs: it is taken off their output instead
             # Conv1D's addmm wants some bias; for the others none at all is cheaper.
             stack.enter_context(swapped(module, "bias", torch.zeros_like(bias) if isinstance(module, Conv1D) else None))
         # First among the hooks: a readout on this very module must see the masked value.
@@ -205,7 +208,7 @@ def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Tens
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             value = first_tensor(output)
             assert value is not None
-            bias = module._parameters.get("bias")
+            bias = bias_of(module)
             if bias is not None:
                 shape = [-1, *[1] * (module.weight.ndim - 2)] if isinstance(module, nn.Conv1d | nn.Conv2d) else [-1]  # type: ignore[union-attr]
                 value = value - bias.view(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,34 +42,40 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / torch.where(norm == 0, 1.0, norm), norm
 
 
+def _tags(labels: Tensor) -> Tensor:
+    """Labels as floats: comparisons of integers are five times as slow."""
+    if int(labels.max()) >= 2**24:  # where floats no longer tell neighbours apart
+        labels = labels.unique(return_inverse=True)[1]
+    return labels.float()
+
+
 class _SoftNearestNeighbour(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vectors: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad[0]
         v, norm = unit(vectors)
         k = v if keys is None else unit(keys)[0]
-        n = v.shape[-2]
+        n, tags = v.shape[-2], _tags(labels)
         toward = torch.zeros_like(v)  # dL/dv̂
         loss = torch.zeros(v.shape[:-2], device=v.device)
         rows = max(1, _CHUNK // max(1, n * v.shape[:-2].numel()))
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
-            w = torch.matmul(v[..., part, :], k.mT).sub_(1).exp_()  # […, r, N]
+            w = torch.matmul(v[..., part, :], k.mT).exp_()  # e·wᵢⱼ, […, r, N]; the sums are divided by e
             w.diagonal(start, -2, -1).zero_()
-            # As floats: a product with booleans converts them each time, which costs more than all the rest.
-            same = (labels[..., part, None] == labels[..., None, :]).to(w.dtype)
-            own = (w * same).sum(-1).add_(EPSILON)
-            every = w.sum(-1).add_(EPSILON)
+            # Straight to floats: a product with booleans converts them each time, which costs more than all the rest.
+            mine = torch.eq(tags[..., part, None], tags[..., None, :], out=torch.empty_like(w)).mul_(w)
+            own, every = (t.sum(-1).mul_(1 / math.e).add_(EPSILON) for t in (mine, w))
             loss -= (own / every).log().sum(-1)
             if not needs:
                 continue
             # ∂L/∂cosᵢⱼ = wᵢⱼ (1/everyᵢ − [same]/ownᵢ) / N
-            every, own = every.reciprocal_()[..., None], own.reciprocal_()[..., None]
+            own, every = (t.mul_(math.e).reciprocal_()[..., None] for t in (own, every))
             if keys is None and rows >= n:  # w is symmetric: both arguments' gradients in one product
-                every, own = every + every.mT, own + own.mT
-                toward = torch.matmul(w.mul_(every.addcmul_(own, same, value=-1)), v)
+                w.mul_(every + every.mT).sub_(mine.mul_(own + own.mT))
+                toward = torch.matmul(w, v)
                 continue
-            w.mul_(every - own * same)
+            w.mul_(every).sub_(mine.mul_(own))
             toward[..., part, :] += torch.matmul(w, k)
             if keys is None:
                 toward += torch.matmul(w.mT, v[..., part, :])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from probing._errors import MaskError, SiteError
 from probing._intervene import Intervention, intervened
-from probing._sites import Site, find_sites
+from probing._sites import Site, find_sites, has_plain_weight
+from probing._tensors import model_device
 
 FORMAT = 1
 
@@ -152,7 +153,7 @@ class Masks:
 
     def interventions(self, model: nn.Module) -> list[Intervention]:
         """Zero ablation of everything outside the circuit, on the model's devices."""
-        device = {path: next(model.get_submodule(path).parameters()).device for path in self.sites}
+        device = {path: model_device(model.get_submodule(path)) for path in self.sites}
         return [
             Intervention(
                 site,
@@ -232,11 +233,16 @@ def overlap(a: Masks, b: Masks) -> dict[str, float]:
 
 
 def weights_digest(model: nn.Module, sites: Mapping[str, Site]) -> str:
-    """SHA-256 over the masked modules' parameters, in order of path."""
+    """SHA-256 over the masked modules' weights, in order of path."""
     digest = hashlib.sha256()
     for path in sorted(sites):
-        for name, parameter in sorted(model.get_submodule(path).named_parameters()):
+        module = model.get_submodule(path)
+        # Buffers where there is no plain weight: quantised layers keep their numbers there.
+        tensors = module.state_dict() if not has_plain_weight(module) else dict(module.named_parameters())
+        for name, parameter in sorted(tensors.items()):
             digest.update(f"{path}.{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            if not isinstance(parameter, Tensor):
+                continue
             raw = parameter.detach().cpu().contiguous().view(torch.uint8)
             digest.update(cast("Any", raw.numpy()).tobytes())
     return digest.hexdigest()

@@ -4,7 +4,8 @@ Three savings, none of which may change a result:
 
 1. everything before the first masked block is cached as that block's (or sub-block's) arguments;
 2. inside, modules that no mask reaches – above all the products xW of the first masked layers – replay stored outputs;
-3. the rest runs on the probed positions only, where the layers involved work position by position.
+3. the rest runs on the probed positions only, where the layers involved work position by position; masks of an
+   attention's queries, keys and values become scales of one query and one output a row (`FoldedAttention`).
 
 What is constant and what works position by position is not assumed but tried out on a few rows, bit by bit.
 """
@@ -13,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from probing._attention import HeadRows, probed_queries
+from probing._attention import AttentionCall, FoldedAttention, difference, fold, probed_queries
 from probing._data import ProbeData, take
 from probing._errors import SiteError
 from probing._intervene import Intervention, intervened
+from probing._rows import common_path, joined, map_rows, padded_row, same
 from probing._sites import Site
-from probing._tensors import copied_arguments, first_tensor, hidden_states, map_tensors, with_hidden
+from probing._tensors import copied_arguments, first_tensor, hidden_states, map_tensors, model_device, with_hidden
 
 if TYPE_CHECKING:
     from probing._probes import _Probe
@@ -71,23 +73,29 @@ class Prefix:
         self._modules = dict(probe.base.named_modules())
         self._sites = probe.circuit.sites
         self._chain, self._source = self._find_chain()
+        self._padded = padded_row(data)
         self._selects: _Selection = None
         self._selects = self._find_selection()
+        # Models build another mask, or none, for batches without padding: each batch here has the same padded row more.
+        extra = torch.tensor([], dtype=torch.long) if self._padded is None else torch.tensor([self._padded])
+        parts = [torch.cat([part, extra]) for part in torch.arange(len(data)).split(batch_size)]
+        two, three = (torch.cat([torch.arange(size), extra]) for size in (2, 3))
+        self._fold = self._find_fold([*parts, self._few()])
+        self._calls: list[_Arguments] = []
+        self._stored: dict[str, Any] = {}
         self._fixed = self._find_fixed()
-
-        rows = torch.arange(len(data))
-        entries = (self._entries(2), self._entries(3))
-        parts = rows.split(batch_size)
-        small = [self._enter(rows[:size]) for size in (2, 3)]
-        self._calls = _joined([self._enter(part) for part in parts], small[0], small[1], entries)
+        if self._fold is not None:
+            return
+        entries = (self._entries(two), self._entries(three), self._entries(extra))
+        self._calls = joined([self._enter(part) for part in parts], self._enter(two), self._enter(three), entries)
         ones = [Intervention(site, torch.ones(site.shape, device=self._device(site))) for site in self._sites]
 
         def constants(part: Tensor) -> dict[str, Any]:
             outputs = self._outputs(part, ones) if self._fixed else {}
             return {path: outputs[path] for path in self._fixed}
 
-        raw = [constants(part) for part in (*parts, rows[:2], rows[:3])]
-        self._stored = _joined(raw[:-2], raw[-2], raw[-1], entries)
+        raw = [constants(part) for part in (*parts, two, three)]
+        self._stored = joined(raw[:-2], raw[-2], raw[-1], entries)
 
     @property
     def cached_bytes(self) -> int:
@@ -99,18 +107,35 @@ class Prefix:
             total += rows.numel() * rows.element_size()
             return rows
 
-        _map_rows((self._calls, self._stored), count)
+        if self._fold is not None:
+            return sum(t.numel() * t.element_size() for t in vars(self._fold.call).values() if isinstance(t, Tensor))
+        map_rows((self._calls, self._stored), count)
         return total
 
     def vectors(self, rows: Tensor, interventions: list[Intervention] | None = None) -> Tensor:
         """Readout vectors of these rows, [R, d], under the current masks or under other interventions."""
+        given = self.probe.circuit.interventions() if interventions is None else interventions
+        if interventions is None and any(item.weights is not None for item in given):
+            return FullModel(self.probe, self.data).vectors(rows)  # other weights: what is cached was made with the old
         index = self.data.positions_of(rows) if self._selects == "root" else rows
         index = index.to(self.data.token_mask.device)
-        chosen = self.probe.circuit.interventions() if interventions is None else interventions
-        with intervened(self.probe.base, chosen), ExitStack() as stack:
-            for path, value in _map_rows(self._stored, lambda stored: stored.index_select(0, index)).items():
+        if self._fold is not None:
+            return self._folded(index, given)
+        with intervened(self.probe.base, given), ExitStack() as stack:
+            for path, value in map_rows(self._stored, lambda stored: stored.index_select(0, index)).items():
                 stack.enter_context(_forward(self._modules[path], lambda *_, value=value, **__: value))
-            return self._run(_map_rows(self._calls, lambda stored: stored.index_select(0, index)), rows)
+            return self._run(map_rows(self._calls, lambda stored: stored.index_select(0, index)), rows)
+
+    def _folded(self, index: Tensor, given: Sequence[Intervention]) -> Tensor:
+        folded = self._fold
+        assert folded is not None
+        keeps = {item.site.path: item.keep for item in given}
+        ones = {site.path: torch.ones(site.shape, device=self._device(site)) for site in self._sites}
+        heads = folded.heads([keeps.get(path, ones[path]) for path in folded.sites], index)
+        with intervened(self.probe.base, [item for item in given if item.site.path not in folded.sites]):
+            found = first_tensor(self._modules[str(self._source)](heads))
+        assert found is not None
+        return found
 
     # Where the masks and the readout are
 
@@ -136,14 +161,14 @@ class Prefix:
             late = paths[blocks.index(max(blocks))]
             raise SiteError(f"{late!r} lies behind the readout {readout.key!r}, so its mask could not be trained")
         if min(blocks) == layout.index:
-            return [_common(paths)], source
+            return [common_path(paths)], source
         return [f"{stack}{index}" for index in range(min(blocks), layout.index + 1)], source
 
     def _device(self, site: Site) -> torch.device:
-        return next(self._modules[site.path].parameters()).device
+        return model_device(self._modules[site.path])
 
-    def _entries(self, rows: int) -> int:
-        return len(self.data.positions_of(torch.arange(rows))) if self._selects == "root" else rows
+    def _entries(self, rows: Tensor) -> int:
+        return len(self.data.positions_of(rows)) if self._selects == "root" and len(rows) else len(rows)
 
     # Running the chain
 
@@ -207,9 +232,9 @@ class Prefix:
                     hidden = first_tensor(self._modules[path](*args, **kwargs))
             except _Stop:
                 pass
-            except HeadRows as reached:
+            except AttentionCall as reached:
                 with suppress(_Stop):
-                    self._modules[str(self._source)](reached.heads)
+                    self._modules[str(self._source)](reached.heads())
         found = cache[readout.key] if found is None else found
         if self._selects == "root":
             found = found[:, 0]
@@ -220,7 +245,8 @@ class Prefix:
     # Trying out what is constant and what works position by position
 
     def _few(self) -> Tensor:
-        return torch.arange(3)
+        others = [row for row in range(4) if row != self._padded][:3]
+        return torch.tensor(others if self._padded is None else [*others[:2], self._padded])
 
     def _block(self) -> nn.Module:
         readout = self.probe.readout
@@ -244,7 +270,7 @@ class Prefix:
                 try:
                     if choice == "root" and not self._one_tensor(rows):
                         continue
-                    if choice == "queries" and not bool((self.data.counts == 1).all()):
+                    if choice == "queries" and not self.data.single:
                         continue
                     found = self._run(self._enter(rows), rows)
                 except (RuntimeError, ValueError, IndexError, TypeError):
@@ -254,6 +280,45 @@ class Prefix:
                 if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
                     return choice
         return None
+
+    @torch.no_grad()
+    def _find_fold(self, parts: Sequence[Tensor]) -> FoldedAttention | None:
+        """The attention with its masks folded into scales, over all rows, if that is what they are."""
+        first = [site for site in self._sites if site.unit == "neuron" and site.path != self._source]
+        if self._selects != "queries" or len(self._chain) > 1 or not first or self.probe.circuit.config.mask_bias:
+            return None
+        others = [
+            Intervention(site, torch.ones(site.shape, device=self._device(site)))
+            for site in self._sites
+            if site not in first
+        ]
+
+        def call(rows: Tensor, keeps: Sequence[Tensor]) -> AttentionCall | None:
+            masks = [Intervention(site, keep.to(self._device(site))) for site, keep in zip(first, keeps)]
+            ((args, kwargs),) = self._enter(rows)
+            with intervened(self.probe.base, [*masks, *others]):
+                try:
+                    with probed_queries(self._block(), self.data.token_mask[rows]):
+                        self._modules[self._chain[0]](*args, **kwargs)
+                except AttentionCall as reached:
+                    return reached
+            return None
+
+        found = fold([(site.path, site.units) for site in first], lambda keeps: call(parts[-1], keeps))
+        if found is None:
+            return None
+        extra = 0 if self._padded is None else 1
+        calls = []
+        for part in parts[:-1]:
+            on, off = (call(part, [value(site.units) for site in first]) for value in (torch.ones, torch.zeros))
+            assert on is not None
+            assert off is not None
+            calls.append(difference(on, off))
+        whole = {
+            name: torch.cat([getattr(each, name)[: len(part) - extra] for each, part in zip(calls, parts)])
+            for name in ("query", "key", "value", "bias")
+        }
+        return replace(found, call=replace(found.call, **whole))
 
     def _one_tensor(self, rows: Tensor) -> bool:
         if len(self._chain) > 1:
@@ -293,7 +358,7 @@ class Prefix:
                 and not any(site.path.startswith(f"{path}.") for site in self._sites)
                 and all(site.unit in ("neuron", "module") for site in own)
                 and not (path == self._source and self._selects in ("source", "queries"))
-                and _same(first[path], second.get(path))
+                and same(first[path], second.get(path))
             ):
                 fixed.append(path)
         return fixed
@@ -320,70 +385,6 @@ class Prefix:
                     stack.callback(module.register_forward_hook(hook, prepend=True).remove)
             self._run(calls, rows)
         return {path: out for path, out in seen.items() if path not in twice}
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A stored tensor whose first axis runs over rows (or probed positions) of the data.
-
-    Some models fold another axis into the first (positions in OPT, heads in Bloom's alibi): ``fold`` entries a row,
-    kept here as an axis of its own.
-    """
-
-    tensor: Tensor
-    fold: int = 1
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The changed tensor, folded as the model has it."""
-        changed = change(self.tensor)
-        return changed if self.fold == 1 else changed.flatten(0, 1)
-
-
-def _joined(parts: Sequence[Any], two: Any, three: Any, entries: tuple[int, int]) -> Any:
-    """One tree from the trees of several batches; which tensors have a row axis shows in batches of two and three."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        fold, rest = divmod(two.shape[0] if first.ndim else 0, entries[0])
-        if rest or not fold or three.shape[0] != fold * entries[1]:
-            return first
-        stacked = torch.cat(list(parts))
-        return _Rows(stacked if fold == 1 else stacked.unflatten(0, (-1, fold)), fold)
-    if isinstance(first, tuple | list):
-        items = [_joined(column, a, b, entries) for *column, a, b in zip(*parts, two, three)]
-        return tuple(items) if isinstance(first, tuple) else items
-    if isinstance(first, dict):
-        return {key: _joined([p[key] for p in parts], two[key], three[key], entries) for key in first}
-    return first
-
-
-def _map_rows(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, _Rows):
-        return tree.map(change)
-    if isinstance(tree, tuple):
-        return tuple(_map_rows(item, change) for item in tree)
-    if isinstance(tree, list):
-        return [_map_rows(item, change) for item in tree]
-    if isinstance(tree, dict):
-        return {key: _map_rows(item, change) for key, item in tree.items()}
-    return tree
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, tuple | list):
-        return isinstance(b, tuple | list) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    return a is None and b is None
-
-
-def _common(paths: Sequence[str]) -> str:
-    parts = [path.split(".") for path in paths]
-    shared = []
-    for names in zip(*parts):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
 
 
 @contextmanager

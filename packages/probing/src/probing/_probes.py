@@ -12,10 +12,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from probing._circuit import CircuitModel
 from probing._configs import CircuitProbeConfig, SubnetworkProbeConfig
-from probing._data import check_labels, select_labels
-from probing._errors import DataError
+from probing._data import check_attended, check_labels, select_labels
+from probing._errors import DataError, SiteError
 from probing._losses import soft_nearest_neighbour
 from probing._readout import Readout, ResidualUpdateModel, unwrap
+from probing._structure import example_inputs
 
 _C = TypeVar("_C", CircuitProbeConfig, SubnetworkProbeConfig)
 
@@ -36,6 +37,38 @@ class _Probe(nn.Module, Generic[_C]):
         circuit = CircuitModel(config.circuit_config, model)
         self.wrapped_model = ResidualUpdateModel(config.resid_config, circuit, example)
         self.readout = Readout.parse(config.probe_vectors)
+        self._check_reach(example)
+
+    def _check_reach(self, example: Mapping[str, Any] | None) -> None:
+        """A mask that no gradient of the readout reaches would follow the penalty alone."""
+        circuit = self.circuit
+        masks = {mask.site.path: mask.logits for mask in circuit.each() if mask.logits.requires_grad}
+        if not masks:
+            self.train(circuit.training)
+            return
+        was_training, mode = circuit.training, circuit.ablation
+        random = circuit.random_state()
+        self.train()
+        circuit.set_ablate_mode("none")
+        try:
+            with torch.enable_grad():
+                self.wrapped_model(**(example if example is not None else example_inputs(self.base)))
+            found = self.wrapped_model.vector_cache.get(self.config.probe_vectors)
+        finally:
+            circuit.set_ablate_mode(mode)
+            circuit.restore_random_state(random)
+            self.wrapped_model.vector_cache = {}
+            self.train(was_training)
+        if found is None or not found.requires_grad:
+            gradients: tuple[Tensor | None, ...] = (None,) * len(masks)
+        else:
+            gradients = torch.autograd.grad(found.sum(), list(masks.values()), allow_unused=True)
+        behind = [path for path, gradient in zip(masks, gradients) if gradient is None]
+        if behind:
+            raise SiteError(
+                f"nothing that {behind[0]!r} computes reaches the readout {self.config.probe_vectors!r}: it lies "
+                "behind or beside it, so its mask would never see a gradient; unmask it, or probe a later readout"
+            )
 
     @property
     def circuit(self) -> CircuitModel:
@@ -53,6 +86,7 @@ class _Probe(nn.Module, Generic[_C]):
 
     def vectors(self, token_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The readout at the probed positions, [R, d] ([R, heads·head_dim] for head outputs), row by row."""
+        check_attended(token_mask, kwargs)
         self.wrapped_model(*args, **kwargs)
         found = self.wrapped_model.vector_cache[self.config.probe_vectors]
         if found.shape[:2] != token_mask.shape:
@@ -97,7 +131,7 @@ class CircuitProbe(_Probe[CircuitProbeConfig]):
         """Loss of one batch.
 
         Args:
-            input_ids: [rows, positions]; vision models take ``pixel_values`` by keyword.
+            input_ids: [rows, positions], or whatever the model's main input is (pixels).
             labels: one per probed position; [rows], or [rows, …] padded with negative numbers. Without labels there is
                 no loss.
             token_mask: boolean [rows, positions].
@@ -107,7 +141,7 @@ class CircuitProbe(_Probe[CircuitProbeConfig]):
         if token_mask is None:
             raise DataError("token_mask is missing: a boolean [rows, positions] of the positions to probe")
         if input_ids is not None:
-            kwargs["input_ids"] = input_ids
+            kwargs[getattr(self.base, "main_input_name", "input_ids")] = input_ids
         full = None
         if self.config.loss == "linear" and labels is not None:
             full = self._full_vectors(token_mask, **kwargs)
@@ -127,7 +161,7 @@ class CircuitProbe(_Probe[CircuitProbeConfig]):
 
     @torch.no_grad()
     def _full_vectors(self, token_mask: Tensor, **kwargs: Any) -> Tensor:
-        masks = [cast("Any", mask) for mask in self.circuit.site_masks]
+        masks = list(self.circuit.each())
         active = [mask.active for mask in masks]
         self.circuit.use_masks(False)
         try:
@@ -183,7 +217,7 @@ class SubnetworkProbe(_Probe[SubnetworkProbeConfig]):
                 f"in row {row}; use labeling='token'"
             )
         if input_ids is not None:
-            kwargs["input_ids"] = input_ids
+            kwargs[getattr(self.base, "main_input_name", "input_ids")] = input_ids
         vectors = self.vectors(token_mask, **kwargs)
         logits, loss = self.probe(vectors.to(next(self.probe.parameters()).dtype)), None
         if labels is not None:

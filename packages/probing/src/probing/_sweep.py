@@ -111,7 +111,7 @@ def _check(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: Trai
         raise ConfigError("target_sparsity and stop_undecided steer single runs: use fit")
     if any(part.inputs is not data[0].inputs and not _same(part, data[0]) for part in data):
         raise DataError("probes trained together look at the same inputs and positions; only labels may differ")
-    if not bool((data[0].counts == 1).all()):
+    if not data[0].single:
         raise DataError("probes trained together probe one position a row")
 
 

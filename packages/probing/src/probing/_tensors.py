@@ -83,5 +83,5 @@ def map_tensors(value: Any, change: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter; CPU for a model without any."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The device of the first parameter, or of the first buffer (all that some quantised layers have); else CPU."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
