@@ -29,6 +29,9 @@ def shared_writer(
         found = writer
         # As the first saw it then: the others may find shards that it has written since.
         yield writer, here.from_first(lambda: found.pending)
-        writer.flush()
+        if here.first:
+            writer.flush()
+            here.barrier()  # the others have let go of their parts
+    if not here.first:
         here.barrier()
     here.barrier()

@@ -76,15 +76,14 @@ class Processes:
         if self.world == 1:
             return list(tensors)
         known: list[Any] = [None] * self.world
-        dist.all_gather_object(known, [None if each is None else (each.shape, each.dtype) for each in tensors])
-        device = next((each.device for each in tensors if each is not None), torch.device("cpu"))
-        kinds = self.from_first(lambda: device.type)
-        device = torch.device("cpu") if kinds == "cpu" else pick_local(kinds)
+        own = [None if each is None else (each.shape, each.dtype, each.device.type) for each in tensors]
+        dist.all_gather_object(known, own)
         found = list[Tensor | None]()
         for each, theirs in zip(tensors, zip(*known)):
             about = next((kind for kind in theirs if kind is not None), None)
             if about is not None:
-                each = torch.zeros(about[0], dtype=about[1], device=device) if each is None else each.contiguous()
+                shape, dtype, kind = about
+                each = torch.zeros(shape, dtype=dtype, device=pick_local(kind)) if each is None else each.contiguous()
                 dist.all_reduce(each)
             found.append(each)
         return found
@@ -171,9 +170,7 @@ def joined() -> Iterator[Processes]:
             dist.destroy_process_group()
     except RuntimeError as error:
         if _is_lost(error):
-            raise PeerLost(
-                "another process of this run ended before its work was done: its own message says why"
-            ) from (error)
+            raise PeerLost("another process of this run ended too early: its own message says why") from error
         raise
 
 
