@@ -540,6 +540,19 @@ def test_f6_partial_stores_are_asked_for(tmp_path, arrays, plan):
         store.block(0, 40)
 
 
+def test_f8_parts(tmp_path, arrays, plan):
+    owner = begun(tmp_path / "s", arrays, plan, shards=[1, 3])
+    with StoreWriter.join(tmp_path / "s", 5) as part:
+        part.write(0, arrays.rows[:30], arrays.side(0, 30))
+        assert (tmp_path / "s/parts/5.lock").exists()
+    assert json.loads((tmp_path / "s/parts/5.jsonl").read_bytes())["file"] == "shards/00000.safetensors"
+    owner.close()
+    with pytest.raises(StoreIncomplete):
+        StoreWriter.resume(tmp_path / "s", plan=plan).finish()
+    assert {line["file"] for line in journal(tmp_path / "s")} >= {f"shards/0000{n}.safetensors" for n in (0, 1, 3)}
+    assert not (tmp_path / "s/parts").exists()
+
+
 def test_f7_a_refusing_disk(tmp_path, arrays, plan, monkeypatch):
     writer = begun(tmp_path / "s", arrays, plan, shards=[0])
     writer._drain()

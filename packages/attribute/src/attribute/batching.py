@@ -21,7 +21,8 @@ from gradcore import IGNORE
 class Batch:
     """Right-padded rows: ``rows [n]`` (numbers), ``input_ids [n, s]``, ``labels [n, s]`` with −100 where no loss is.
 
-    ``weights [n]`` multiply the losses, where rows have some.
+    ``weights [n]`` multiply the losses, where rows have some. What comes of an ``idle`` batch counts for nothing: it
+    runs only because a model that is spread over processes needs all of them.
     """
 
     rows: np.ndarray
@@ -29,6 +30,7 @@ class Batch:
     labels: Tensor
     tokens: int
     weights: Tensor | None = None
+    idle: bool = False
 
 
 def plan_batches(lengths: np.ndarray, rows: np.ndarray, budget: int) -> list[np.ndarray]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from attribute._errors import ModelError
 from attribute.batching import Batch, assemble, plan_batches
 from attribute.data import TokenFile
 from attribute.model import LanguageModel
-from attribute.progress import Progress, Quiet
+from attribute.processes import current
+from attribute.progress import Progress, Quiet, scaled
 from gradcore import IGNORE, CapturePlan, GradientCollector
 from gradstore import StoreWriter
 
@@ -39,6 +40,10 @@ class RowBlock:
     losses: Tensor
     tokens: np.ndarray
 
+
+Deal = Literal["nothing", "windows", "batches"]
+"""What the processes of a run share out: whole windows, for sinks that write each somewhere; batches, for sums over
+all; or nothing, so that each does everything."""
 
 Measure = Callable[[Batch], RowBlock]
 """Runs a batch through the model and says what came of it."""
@@ -67,6 +72,7 @@ def run_pass(
     budget: int,
     per_position: bool = False,
     progress: Progress | None = None,
+    deal: Deal = "nothing",
 ) -> None:
     """Run the rows of every window ``(index, start, stop)`` and hand the blocks to the sinks.
 
@@ -79,13 +85,14 @@ def run_pass(
         budget: padded tokens a batch.
         per_position: a gradient a token, ``[n, s, plan.width]`` in the blocks.
         progress: advanced by tokens.
+        deal: what the processes of a run share out, see :data:`Deal`.
 
     Raises:
         ModelError: a loss is not finite; the row is named.
     """
     with model.collector(plan, per_position=per_position) as collector:
         measure = capturing(model, collector, plan)
-        run_windows(model, tokens, windows, sinks, measure, budget=budget, progress=progress)
+        run_windows(model, tokens, windows, sinks, measure, budget=budget, progress=progress, deal=deal)
 
 
 def run_windows(
@@ -97,24 +104,83 @@ def run_windows(
     *,
     budget: int,
     progress: Progress | None = None,
+    deal: Deal = "nothing",
 ) -> None:
     """:func:`run_pass` with another measurement than a collector's rows: a batch is the business of ``measure``."""
-    progress = progress or Quiet()
-    lengths = tokens.lengths
+    advance = (progress or Quiet()).advance
+    planned: Iterable[_Window] = (_Window.of(tokens, window, budget) for window in windows)
+    if deal != "nothing" and current().world > 1:
+        everything = list(planned)
+        planned = _own_share(everything, tokens, deal)
+        advance = scaled(advance, *(sum(each.tokens(tokens) for each in some) for some in (planned, everything)))
+    steps = 0
     with evaluating(model):
-        for index, start, stop in windows:
+        for window in planned:
             for sink in sinks:
-                sink.open(index, start, stop)
-            empty = np.array([not tokens.labelled(row).any() for row in range(start, stop)], dtype=bool)
-            rows = np.arange(start, stop)
-            progress.advance(int(lengths[rows[empty]].sum()))  # zero without a forward pass
-            for batch_rows in plan_batches(lengths, rows[~empty], budget):
-                block = measure(assemble(tokens, batch_rows, model.device))
+                sink.open(window.index, window.start, window.stop)
+            advance(window.without)  # zero without a forward pass
+            for rows in window.batches:
+                block = measure(assemble(tokens, rows, model.device))
                 for sink in sinks:
                     sink.add(block)
-                progress.advance(int(lengths[batch_rows].sum()))
+                advance(int(tokens.lengths[rows].sum()))
             for sink in sinks:
                 sink.close()
+            steps += len(window.batches)
+        if deal != "nothing":
+            keep_step(model, tokens, steps, measure)
+
+
+def keep_step(model: LanguageModel, tokens: TokenFile, steps: int, measure: Callable[[Batch], object]) -> None:
+    """Run idle batches until the process with most batches is done: a model spread over processes needs all of them."""
+    if not model.sharded:
+        return
+    left = current().most(steps) - steps
+    row = next((row for row in range(len(tokens)) if tokens.labelled(row).any()), 0)
+    for _ in range(left):
+        measure(replace(assemble(tokens, [row], model.device), idle=True))
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Rows ``[start, stop)``, those with a loss in batches; ``without`` is the tokens of the others."""
+
+    index: int
+    start: int
+    stop: int
+    batches: list[np.ndarray]
+    without: int
+
+    @classmethod
+    def of(cls, tokens: TokenFile, window: tuple[int, int, int], budget: int) -> _Window:
+        index, start, stop = window
+        empty = np.array([not tokens.labelled(row).any() for row in range(start, stop)], dtype=bool)
+        rows = np.arange(start, stop)
+        batches = plan_batches(tokens.lengths, rows[~empty], budget)
+        return cls(index, start, stop, batches, int(tokens.lengths[rows[empty]].sum()))
+
+    def tokens(self, tokens: TokenFile) -> int:
+        """Tokens of all its rows."""
+        return self.without + sum(int(tokens.lengths[rows].sum()) for rows in self.batches)
+
+
+def _own_share(windows: list[_Window], tokens: TokenFile, deal: Deal) -> list[_Window]:
+    """What this process does of them; whoever adds up may get some of a window's batches."""
+    here = current()
+    if deal == "windows":
+        costs = [sum(padded(tokens, rows) for rows in window.batches) for window in windows]
+        return [windows[place] for place in here.deal(costs)]
+    batches = [(place, rows) for place, window in enumerate(windows) for rows in window.batches]
+    mine = dict[int, list[np.ndarray]]()
+    for number in here.deal([padded(tokens, rows) for _, rows in batches]):
+        place, rows = batches[number]
+        mine.setdefault(place, []).append(rows)
+    return [replace(windows[place], batches=found, without=0) for place, found in mine.items()]
+
+
+def padded(tokens: TokenFile, rows: np.ndarray) -> int:
+    """What a batch costs: its tokens with the padding."""
+    return len(rows) * int(tokens.lengths[rows].max())
 
 
 def capturing(model: LanguageModel, collector: GradientCollector, plan: CapturePlan) -> Measure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from attribute._errors import DataError
+from attribute._errors import DataError, RunError
 from attribute._fidelity import Yardstick, share_by_energy
+from attribute._shared_writer import shared_writer
 from attribute.config import IndexConfig
-from attribute.data import Row, Source, TokenFile, TokenFileWriter, open_source, rows_of
+from attribute.data import Row, Source, TokenFile, TokenFileWriter, rows_of, shared_source
 from attribute.data.rewards import weights_of
 from attribute.engine import MatrixSink, RowBlock, document_windows, run_pass
 from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import normalizer_for, save_normalizer
+from attribute.processes import current
 from attribute.progress import Progress, Quiet
 from attribute.run import (
     RECORDS,
@@ -69,7 +72,7 @@ def build_index(
         DataError, ModelError: see :func:`open_source` and :func:`load_model`.
     """
     refuse_finished(path, overwrite)
-    source = open_source(config.data)
+    source = shared_source(config.data)
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
     model = model_of(config)
     return collect_gradients(
@@ -122,7 +125,8 @@ def collect_gradients(
     """
     progress, config, path = progress or Quiet(), config or IndexConfig(), Path(path)
     refuse_finished(path, overwrite)
-    if is_begun(path) and not overwrite:
+    here = current()
+    if here.first and is_begun(path) and not overwrite:
         require_same_options(path, config)
     language_model = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
     source = data if isinstance(data, Source) else source_of(data)
@@ -131,45 +135,49 @@ def collect_gradients(
 
     with scratch_beside(path) as scratch:
         tokens = tokenise(scratch, source, tokenizer, config, language_model, progress)
-        if overwrite:
+        if overwrite and here.first:
             remove_run(path)
-        plan = normalized(path, language_model, tokens, plan, config, progress)
-        plan, kept = _settled(path, language_model, tokens, plan, config, progress)
-        with _writer(path, tokens, plan, config, language_model.head_fingerprint(), kept) as writer:
-            save_normalizer(path, plan.normalizer)
-            save_basis(path, plan)
-            if on_begun is not None:
-                on_begun()
-            writer.write_data(records_of(scratch))
-            _collect(writer, language_model, tokens, plan, config, progress)
+        begun = here.from_first(lambda: is_begun(path))
+        plan, kept = _settled(path, begun, language_model, tokens, plan, config, progress)
+
+        @contextmanager
+        def begin() -> Iterator[StoreWriter]:
+            with _writer(path, tokens, plan, config, language_model.head_fingerprint(), kept) as writer:
+                save_normalizer(path, plan.normalizer)
+                save_basis(path, plan)
+                if on_begun is not None:
+                    on_begun()
+                yield writer
+
+        with shared_writer(path, begin) as (writer, pending):
+            if here.first:
+                writer.write_data(records_of(scratch))
+            else:
+                plan = _of_the_first(path, plan)
+            _collect(writer, pending, language_model, tokens, plan, config, progress)
     return GradientStore.open(path)
-
-
-def normalized(
-    path: Path,
-    model: LanguageModel,
-    tokens: TokenFile,
-    plan: CapturePlan,
-    config: IndexConfig,
-    progress: Progress,
-) -> CapturePlan:
-    """The plan with the normaliser of the run that is continued, or of a new one."""
-    if is_begun(path):
-        return replace(plan, normalizer=plan_of(GradientStore.open(path, partial=True)).normalizer)
-    return replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
 
 
 def _settled(
     path: Path,
+    begun: bool,
     model: LanguageModel,
     tokens: TokenFile,
     plan: CapturePlan,
     config: IndexConfig,
     progress: Progress,
 ) -> tuple[CapturePlan, Fidelity | None]:
-    """The plan with its sketch able to capture, and what a new run's sketch keeps of exact gradients."""
-    if is_begun(path):
-        return replace(plan, sketch=plan_of(GradientStore.open(path, partial=True)).sketch), None
+    """The plan able to capture, and what a new run's sketch keeps of exact gradients.
+
+    Normaliser and basis are those of the run that is continued, or fitted by the first process alone: sums in another
+    order would be other bytes.
+    """
+    if begun:
+        saved = plan_of(GradientStore.open(path, partial=True))
+        return replace(plan, normalizer=saved.normalizer, sketch=saved.sketch), None
+    if not current().first and not model.sharded:
+        return plan, None
+    plan = replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
     if isinstance(plan.sketch, Identity):
         return plan, None
     fitted = budgeted(model, tokens, plan, config)
@@ -202,6 +210,14 @@ def budgeted(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, config:
     return share_by_energy(model, tokens, plan, budget=config.token_batch_size)
 
 
+def _of_the_first(path: Path, plan: CapturePlan) -> CapturePlan:
+    """The plan of the store that the first process made, with its normaliser and basis."""
+    found = plan_of(GradientStore.open(path, partial=True))
+    if found.model != plan.model:
+        raise RunError(f"process {current().rank} has other weights than the first: do all machines have one model?")
+    return found
+
+
 def source_of(data: Any, name: str = "data") -> Source:
     """A :class:`Source` over a ``datasets.Dataset`` or a sequence of records."""
     if hasattr(data, "with_format"):
@@ -219,7 +235,10 @@ def source_of(data: Any, name: str = "data") -> Source:
 def tokenise(
     scratch: Path, source: Source, tokenizer: Any, config: IndexConfig, model: LanguageModel, progress: Progress
 ) -> TokenFile:
-    """Token ids of all rows, and beside them in the scratch folder the records that hits will show."""
+    """Token ids of all rows, and beside them in the scratch folder the records that hits will show.
+
+    The first of several processes writes them, all read them.
+    """
     if tokenizer is None and "input_ids" not in source.columns:
         raise DataError("data without a column input_ids needs a tokenizer")
 
@@ -234,6 +253,12 @@ def tokenise(
                 yield row
                 progress.advance(1)
 
+    here = current()
+    if not here.first:
+        here.barrier()
+        tokens = TokenFile(scratch)
+        tokens.weigh(weights_of(records_of(scratch), config.data))
+        return tokens
     progress.start("tokenise", source.length if not config.data.chunk_length else None, "rows")
     rows = rows_of(source, tokenizer, config.data, model.context)
     try:
@@ -253,6 +278,7 @@ def tokenise(
         )
     if without_loss:
         progress.note(f"{without_loss} of {len(tokens)} rows have no token with a loss: kept, with zero gradient")
+    here.barrier()
     return tokens
 
 
@@ -318,6 +344,7 @@ def _writer(
 
 def _collect(
     writer: StoreWriter,
+    spans: list[tuple[int, int, int]],
     model: LanguageModel,
     tokens: TokenFile,
     plan: CapturePlan,
@@ -325,7 +352,7 @@ def _collect(
     progress: Progress,
 ) -> None:
     of_tokens = config.attribute_tokens
-    pending = document_windows(tokens, writer.pending) if of_tokens else writer.pending
+    pending = document_windows(tokens, spans) if of_tokens else spans
     sink = MatrixSink(writer, tokens.offsets) if of_tokens else StoreSink(writer, plan.width)
     left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in pending)
     if left < tokens.total:
@@ -340,6 +367,7 @@ def _collect(
         budget=config.token_batch_size,
         per_position=of_tokens,
         progress=progress,
+        deal="windows",
     )
     progress.stop()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
+from attribute.processes import pick_local
 from gradcore import (
     MATRICES,
     AttentionConfig,
@@ -43,6 +44,7 @@ class LanguageModel:
         fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head of the
             base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
         reference: what the loss ``kl`` compares with; by default the model with its adapters switched off.
+        sharded: whether its parameters are spread over the processes of a run (``--fsdp``).
     """
 
     name: str
@@ -50,6 +52,7 @@ class LanguageModel:
     base: nn.Module
     fused: bool
     reference: LanguageModel | None = None
+    sharded: bool = False
 
     @classmethod
     def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
@@ -232,9 +235,9 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
 
 
 def pick_device(device: str) -> torch.device:
-    """``"auto"`` is the GPU where there is one."""
+    """``"auto"`` is the GPU where there is one, and this process's own where there are several of both."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_local("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(device)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from attribute.batching import assemble, plan_batches
 from attribute.data import TokenFile
 from attribute.engine import evaluating, finite_losses
 from attribute.model import LanguageModel
+from attribute.processes import current
 from attribute.progress import Progress, Quiet
 from gradcore import (
     CapturePlan,
@@ -69,6 +70,19 @@ def normalizer_for(
         budget=config.token_batch_size,
         progress=progress,
     )
+
+
+def shared_normalizer(
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    config: IndexConfig,
+    progress: Progress | None = None,
+) -> Normalizer | None:
+    """:func:`normalizer_for` by the first process, for all of them."""
+    here = current()
+    found = normalizer_for(model, tokens, plan, config, progress) if here.first or model.sharded else None
+    return here.from_first(lambda: found)
 
 
 def fit_normalizer(

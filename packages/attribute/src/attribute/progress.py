@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -19,6 +20,27 @@ class Progress(Protocol):
 
     def stop(self) -> None:
         """The stage is over."""
+
+
+def scaled(advance: Callable[[int], None], part: int, whole: int) -> Callable[[int], None]:
+    """An ``advance`` that tells of a part as if it were the whole: of what all processes do, as the first gets on.
+
+    >>> told = []
+    >>> advance = scaled(told.append, 4, 10)
+    >>> advance(1), advance(3)
+    (None, None)
+    >>> told
+    [2, 8]
+    """
+    done = reached = 0
+
+    def scaled_advance(amount: int) -> None:
+        nonlocal done, reached
+        done += amount
+        before, reached = reached, done * whole // max(part, 1)
+        advance(reached - before)
+
+    return scaled_advance
 
 
 class Quiet:

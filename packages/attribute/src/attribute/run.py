@@ -11,12 +11,13 @@ from typing import Any
 
 from attribute._errors import RunError
 from attribute.config import IndexConfig
+from attribute.processes import current
 from gradstore import GradientStore
 
 _MANIFEST, _CONFIG, _REPORT = "manifest.json", "config.yaml", "report.html"
 RECORDS = "records.jsonl"
 # A writer that dies before its manifest is there leaves these.
-_UNBORN = {"writer.lock", "journal.jsonl", "shards", "data"}
+_UNBORN = {"writer.lock", "journal.jsonl", "shards", "data", "parts"}
 # All that trace puts into a run folder; anything else is somebody's, and never deleted.
 _OURS = _UNBORN | {_MANIFEST, _CONFIG, _REPORT, "basis.safetensors", "normalizer.safetensors", "offsets.npy"}
 _TOKENS = {RECORDS, "ids.bin", "labelled.bin", "offsets.bin", "tokens.json", "lock"}
@@ -38,6 +39,8 @@ _PROVENANCE = {
 def refuse_finished(path: str | Path, overwrite: bool) -> None:
     """Raise :class:`RunError` early where a run could not be written, before anything is loaded."""
     path = Path(path)
+    if not current().first:  # which looks before any other can have begun
+        return
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, not a run folder")
     if not path.exists() or not any(path.iterdir()):
@@ -92,7 +95,9 @@ def require_same_inputs(path: Path, config: IndexConfig, *, weights: str, tokens
 
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """A folder ``RUN.tokens`` for one building process at a time, gone afterwards; a killed one's is taken over.
+    """A folder ``RUN.tokens`` for one build at a time, gone afterwards; a killed one's is taken over.
+
+    The first of several processes makes it and removes it when all have left.
 
     Raises:
         RunError: another process is building the run, or the folder is not such a one.
@@ -100,6 +105,10 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     import fcntl
 
     folder = path.with_name(path.name + ".tokens")
+    if not current().first:
+        yield folder
+        current().barrier()
+        return
     if folder.exists() and (foreign := _foreign(folder, _TOKENS)):
         raise RunError(f"{folder}, where a build of {path} keeps its tokens, holds {foreign}: choose another folder")
     made = [parent for parent in folder.parents if not parent.exists()]
@@ -111,6 +120,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
             raise RunError(f"another process is building {path}: wait for it, or choose another folder") from None
         try:
             yield folder
+            current().barrier()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in made:

@@ -18,9 +18,10 @@ def index_config(options: dict[str, Any], progress: Bars) -> IndexConfig:
     normalizer_fields(values)
     if not values["model"] and not values["dataset"]:
         from attribute.demo.run import demo_config
+        from attribute.processes import current
 
         progress.note("neither --model nor --dataset: taking the demo's")
-        demo = demo_config(progress)
+        demo = current().from_first(lambda: demo_config(progress))
         values["model"], values["dataset"] = demo.model, demo.data.dataset
     for name in ("model", "dataset"):
         if not values[name]:

@@ -9,18 +9,14 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_ONE_PROCESS = "every command runs in one process so far"
 REASONS = {
     "auto-batch-size": "memory does not depend on rows: --token-batch-size bounds a batch",
     "debug": "TRACE_DEBUG=1 shows where an error comes from",
     "drop-columns": "an index always keeps the columns of its rows, to show them",
     "filter-modules": "--modules and --exclude take globs, or re:REGEX",
     "force-math-sdp": "the attention kernel changes no gradient beyond rounding",
-    "fsdp": _ONE_PROCESS,
+    "fsdp": "every process has the whole model so far",
     "model-kwargs": "--precision, --revision and --device say how a model is loaded",
-    "nnodes": _ONE_PROCESS,
-    "node-rank": _ONE_PROCESS,
-    "nproc-per-node": _ONE_PROCESS,
     "peft-init-kwargs": "--model takes the folder of an adapter",
     "profile": "a profiler wraps the whole program: py-spy record -- trace …",
     "reshape-to-square": "a two-sided sketch keeps inner products whatever the shape of a matrix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ def save_config(folder: str | Path, command: str) -> None:
     """Write the current command's parameters, defaults included, so that a later default changes nothing."""
     import yaml
 
+    if int(os.environ.get("RANK", "0")):  # the first of several processes writes it
+        return
     context = click.get_current_context()
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in context.params.items()}
     # Replacing what was there is no part of what was run: an interrupted run is continued, not replaced again.

@@ -27,6 +27,8 @@ _COMMANDS = {
     "store": ("trace_cli.commands.store", "Look at an index on disk, and check it."),
     "trackstar": ("trace_cli.commands.trackstar", "Score training rows for queries as TrackStar does."),
 }
+# Those that several processes can share; the others would get into each other's way.
+_SHARED = {"build", "hessian", "preconditioners", "reduce", "sae", "score", "trackstar"}
 # Errors meant for people, by the package that raises them. Looked up in what is loaded already: importing the
 # packages here would cost seconds.
 _EXPECTED = (
@@ -57,6 +59,8 @@ def cli(context: click.Context, config: str | None) -> None:
         if context.invoked_subcommand is not None:
             raise click.UsageError("--config names the command itself: leave the command away")
         replay(context, config)
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in {None, *_SHARED}:
+        raise click.UsageError(f"trace {context.invoked_subcommand} runs in one process: start it without torchrun")
     elif context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -68,8 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         # Outside its standalone mode click returns the code of an Exit instead of raising it.
-        code = cli.main(args=arguments, prog_name="trace", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = cli.main(args=list(given), prog_name="trace", standalone_mode=False, obj=list(given))
+        _leave(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -81,8 +86,19 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("TRACE_DEBUG"):
             raise
-        click.echo(f"error: {_explanation(error)}", err=True)
-        sys.exit(1)
+        code = getattr(error, "exit_code", 1)
+        if code == 1 or "TRACE_RENDEZVOUS" not in os.environ:  # whoever started the processes says what happened
+            click.echo(f"error: {_explanation(error)}", err=True)
+        _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Exit; threads that gloo leaves behind abort the interpreter's own teardown now and then."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _explanation(error: Exception) -> str:

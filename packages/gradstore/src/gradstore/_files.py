@@ -88,12 +88,12 @@ def write_atomic(path: Path, parts: Iterable[Buffer]) -> tuple[int, str]:
 class WriterLock:
     """An exclusive `flock` on `<store>/writer.lock`; the kernel frees it however the process ends."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, name: str = "writer.lock") -> None:
         try:
             import fcntl
         except ImportError as error:  # pragma: no cover - Windows
             raise GradStoreError("Writing a store needs POSIX file locks; reading works everywhere.") from error
-        path = store / "writer.lock"
+        path = store / name
         with write_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -28,13 +28,13 @@ class Entry:
         return json.dumps({"file": self.file, "bytes": self.bytes, "xxh3_128": self.checksum}).encode() + b"\n"
 
 
-def read_journal(store: Path, expected: str | None) -> tuple[dict[str, Entry], int]:
+def read_journal(store: Path, expected: str | None, name: str = NAME) -> tuple[dict[str, Entry], int]:
     """The finished files and the length of the sound part.
 
     `expected` is the checksum that a finished store's manifest holds; without it (a store being built) a torn last line
     is left out, since its file will be written again.
     """
-    path = store / NAME
+    path = store / name
     with read_errors(path):
         raw = path.read_bytes() if path.exists() else b""
     if expected is not None and checksum(raw) != expected:
@@ -59,13 +59,14 @@ def parse_line(line: bytes) -> Entry | None:
 
 
 class Journal:
-    """The journal of the one process that writes the store."""
+    """The journal of the one process that writes the store, or under another name of one that writes beside it."""
 
-    def __init__(self, store: Path, expected: str | None) -> None:
+    def __init__(self, store: Path, expected: str | None, name: str = NAME) -> None:
         self._store = store
+        self._name = name
         self._lock = Lock()  # the writer thread and `write_data` both append
-        self.entries, sound = read_journal(store, expected)
-        path = store / NAME
+        self.entries, sound = read_journal(store, expected, name)
+        path = store / name
         with write_errors(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             os.ftruncate(self._descriptor, sound)
@@ -78,7 +79,7 @@ class Journal:
     def add(self, entry: Entry) -> None:
         """Record a file that is already durable under its final name."""
         line = entry.render()
-        with self._lock, write_errors(self._store / NAME):
+        with self._lock, write_errors(self._store / self._name):
             before = os.fstat(self._descriptor).st_size
             try:
                 if os.write(self._descriptor, line) != len(line):

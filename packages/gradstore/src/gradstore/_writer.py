@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradstore import _journal, _manifest
+from gradstore import _journal, _manifest, _parts
 from gradstore._data import OFFSETS, check_offsets, data_files, encode_offsets, encode_rows
 from gradstore._encodings import Layout, Tensor, is_finite
 from gradstore._errors import GradStoreError, InvalidInput, StoreCorrupt, StoreExists, StoreIncomplete
@@ -47,12 +47,14 @@ class StoreWriter:
     is left; the finished folder has the same bytes as one written without interruption, in whatever order.
     """
 
-    def __init__(self, path: Path, lock: WriterLock) -> None:
-        """Use `create` or `resume`."""
+    def __init__(self, path: Path, lock: WriterLock, *, part: int | None = None) -> None:
+        """Use `create`, `resume` or `join`."""
         self.path = path
         self._lock = lock
         self.manifest = _manifest.load_manifest(path)
-        self._journal = Journal(path, self.manifest.journal)
+        self._owns = part is None
+        name = _journal.NAME if part is None else _parts.part_journal(part)
+        self._journal = Journal(path, self.manifest.journal, name)
         self._layout = Layout(self.manifest.dtype, self.manifest.columns)
         self._accepted = {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
         self._queue: Queue[Job | None] = Queue(_QUEUED_SHARDS)
@@ -109,6 +111,7 @@ class StoreWriter:
         lock = WriterLock(store)
         try:
             _require_free(store)  # again, now that no other writer can be at it
+            _parts.remove(store)
             for folder in ("shards", "data"):
                 if (store / folder).is_dir():
                     shutil.rmtree(store / folder)
@@ -137,8 +140,33 @@ class StoreWriter:
         try:
             writer = cls(store, lock)
             _manifest.require_same_plan(writer.manifest.plan, plan, str(store))
+            writer._take_over()
             writer._clean()
             return writer
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def join(cls, path: str | Path, part: int) -> StoreWriter:
+        """Write some of the shards beside the writer that made or resumed the store and does not finish it meanwhile.
+
+        Example:
+            >>> with StoreWriter.join("runs/a", part=2) as writer:  # in another process
+            ...     writer.write(7, gradients[start:stop], side)
+
+        Args:
+            path: The unfinished store, on a file system that both processes see.
+            part: A number from 1 that no other process has.
+
+        The processes agree among themselves who writes which shard. Leaving the block keeps the shards; the owner
+        counts them in when it finishes, or when it resumes after a crash.
+        """
+        store = Path(path)
+        _manifest.load_manifest(store)
+        lock = _parts.lock_part(store, part)
+        try:
+            return cls(store, lock, part=part)
         except BaseException:
             lock.release()
             raise
@@ -237,10 +265,21 @@ class StoreWriter:
             unit = "rows" if self.manifest.documents is None else "documents"
             raise InvalidInput(f"write_data got {total}{more} rows; the store has {items} {unit}.")
 
-    def finish(self) -> None:
-        """Wait for the writer threads, check that nothing is missing, and mark the store complete in one step."""
+    def flush(self) -> None:
+        """Wait until all that was handed over is on disk; what went wrong there is raised here."""
         self._drain()
         self._raise_pending_error()
+
+    def finish(self) -> None:
+        """Wait for the writer threads, check that nothing is missing, and mark the store complete in one step.
+
+        A writer that joined has nothing more to check than that its own shards are on disk.
+        """
+        self.flush()
+        if not self._owns:
+            self.close()
+            return
+        self._take_over()
         self._accepted = {s for s in self._accepted if shard_file(s) in self._journal.entries}
         if self.pending:
             shard, start, stop = self.pending[0]
@@ -278,6 +317,10 @@ class StoreWriter:
         else:
             with suppress(GradStoreError):  # the block's own error is the one to show
                 self.close()
+
+    def _take_over(self) -> None:
+        _parts.take_over(self.path, self._journal)
+        self._accepted |= {s for s in range(self.manifest.shards) if shard_file(s) in self._journal.entries}
 
     def _require_stored(self, file: str, digest: str) -> None:
         """Refuse to continue beside a finished file that holds something else than what would be written now."""
@@ -397,7 +440,7 @@ def _require_free(store: Path) -> None:
         if not store.is_dir():
             raise StoreExists(f"{store}: is a file. Choose a new folder for the store.")
         # what a writer leaves that dies before its manifest is there; anything else is not ours to write into
-        ours = {"writer.lock", "shards", "data", _journal.NAME, OFFSETS}
+        ours = {"writer.lock", "shards", "data", _parts.FOLDER, _journal.NAME, OFFSETS}
         foreign = {p.name for p in store.iterdir() if p.name not in ours and p.suffix != TEMP_SUFFIX}
         known = set(own_files(store))
         for folder in ("shards", "data"):  # somebody's folder may be called "data", too

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from attribute.curvature._gram import Gram, GramSums, gram_of_store, mixing_weig
 from attribute.curvature._inversion import Inversion
 from attribute.curvature._kronecker import Kronecker
 from attribute.curvature._sidecar import exists
-from attribute.data import TokenFile, open_source
+from attribute.data import TokenFile, shared_source
 from attribute.engine import run_pass
 from attribute.index import announce, collect_gradients, tokenise
 from attribute.model import LanguageModel, load_tokenizer, model_of
-from attribute.normalizing import normalizer_for, save_normalizer
+from attribute.normalizing import save_normalizer, shared_normalizer
+from attribute.processes import current
 from attribute.progress import Progress, Quiet
 from attribute.run import scratch_beside
 from gradcore import Identity, Spectral
@@ -53,28 +55,38 @@ def fit_preconditioners(
         progress: told of the pass.
     """
     _refuse_existing(path, overwrite)
+    here = current()
     if index:
-        store = GradientStore.open(index)
-        gram = gram_of_store(store, joint=joint, sample=sample)
-        gram.save(path, source=str(index))
-        return gram
+
+        def of_index() -> Gram:
+            gram = gram_of_store(GradientStore.open(index), joint=joint, sample=sample)
+            gram.save(path, source=str(index))
+            return gram
+
+        return here.from_first(of_index)
     config, progress = (config or IndexConfig()).two_sided(), progress or Quiet()
     if isinstance(config.sketch, Spectral):
         raise AttributionError("a spectral basis belongs to an index: build one and fit its rows (--index RUN)")
     with _opened(path, config, progress) as (model, tokens):
         plan = model.plan(config)
         announce(model, plan, progress)
-        plan = replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
+        plan = replace(plan, normalizer=shared_normalizer(model, tokens, plan, config, progress))
         sums = GramSums(plan, joint=joint)
         windows = _windows(len(tokens), sample)
         total = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in windows)
         progress.start("gradients", total, "tokens")
-        run_pass(model, tokens, plan, windows, [sums], budget=config.token_batch_size, progress=progress)
+        budget = config.token_batch_size
+        run_pass(model, tokens, plan, windows, [sums], budget=budget, progress=progress, deal="batches")
         progress.stop()
-        gram = sums.finish()
-        save_normalizer(Path(path), plan.normalizer)
-        gram.save(path, config=config.to_dict(), tokens=tokens.digest, head=model.head_fingerprint())
-    return gram
+        sums.share(here)
+
+        def finished() -> Gram:
+            gram = sums.finish()
+            save_normalizer(Path(path), plan.normalizer)
+            gram.save(path, config=config.to_dict(), tokens=tokens.digest, head=model.head_fingerprint())
+            return gram
+
+        return here.from_first(finished)
 
 
 def fit_hessian(
@@ -112,7 +124,8 @@ def fit_hessian(
             budget=config.token_batch_size,
             progress=progress,
         )
-        found.save(path, config=config.to_dict(), tokens=tokens.digest, head=model.head_fingerprint(), seed=seed)
+        if current().first:
+            found.save(path, config=config.to_dict(), tokens=tokens.digest, head=model.head_fingerprint(), seed=seed)
     return found
 
 
@@ -196,13 +209,33 @@ def trackstar(
             "TrackStar needs a sketch that both sides share without a fit, since R is a dense matrix over it: "
             "--projection-dim 16 or more"
         )
-    if (path / "scores" / "manifest.json").exists() and not overwrite:
+    here = current()
+    if here.first and (path / "scores" / "manifest.json").exists() and not overwrite:
         raise RunError(f"{path} holds a finished run already: --overwrite replaces it")
     # Both sides are scaled alike: the queries by what was taken for the training rows.
     shared = str(path / "index") if config.normalizer or config.processor_path else ""
     of_queries = replace(config, data=query, store_dtype="fp32", processor_path=shared, optimizer_state_path="")
     sides = {"index": config, "queries": of_queries}
     stores = _both_sides(path, sides, overwrite, progress)
+
+    def finished() -> tuple[SearchResult, float]:
+        scores, weight = _scored(path, stores, components, mix, damping, sample, overwrite, progress)
+        return scores.top(top_k), weight
+
+    hits, weight = here.from_first(finished)
+    return Trackstar(ScoreStore.open(path / "scores"), hits, weight, stores["index"], stores["queries"])
+
+
+def _scored(
+    path: Path,
+    stores: dict[str, GradientStore],
+    components: int,
+    mix: bool,
+    damping: float,
+    sample: int,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[ScoreStore, float]:
     train = gram_of_store(stores["index"], sample=sample)
     gram, weight = train, 0.0
     if mix:
@@ -214,7 +247,7 @@ def trackstar(
     inversion = Inversion("damped", damping, -0.5)
     gram.save(path / "curvature", mixing_weight=weight, inversion=inversion.to_dict())
     scores = _score(path / "scores", stores, gram, inversion, overwrite, {"mixing_weight": weight, "mix": mix})
-    return Trackstar(scores, scores.top(top_k), weight, stores["index"], stores["queries"])
+    return scores, weight
 
 
 def _both_sides(
@@ -228,12 +261,12 @@ def _both_sides(
         if model is None:
             tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
             model = model_of(config)
-        if _finished(path / name, each) and not overwrite:
+        if current().from_first(partial(_finished, path / name, each)) and not overwrite:
             stores[name] = GradientStore.open(path / name)
             continue
         stores[name] = collect_gradients(
             model,
-            open_source(each.data),
+            shared_source(each.data),
             path / name,
             tokenizer=tokenizer,
             config=each,
@@ -298,7 +331,7 @@ def _windows(rows: int, sample: int) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def _opened(path: str | Path, config: IndexConfig, progress: Progress) -> Iterator[tuple[LanguageModel, TokenFile]]:
-    source = open_source(config.data)
+    source = shared_source(config.data)
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.revision)
     model = model_of(config)
     with scratch_beside(Path(path)) as scratch:
@@ -306,6 +339,8 @@ def _opened(path: str | Path, config: IndexConfig, progress: Progress) -> Iterat
 
 
 def _refuse_existing(path: str | Path, overwrite: bool) -> None:
+    if not current().first:
+        return
     if Path(path).is_file():
         raise RunError(f"{path} is a file, not a folder")
     if exists(path) and not overwrite:

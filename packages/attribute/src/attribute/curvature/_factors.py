@@ -15,9 +15,10 @@ from attribute._errors import AttributionError, ModelError
 from attribute.batching import Batch, assemble, plan_batches
 from attribute.curvature._labels import LABELS, losses_under
 from attribute.data import TokenFile
-from attribute.engine import evaluating
+from attribute.engine import evaluating, keep_step, padded
 from attribute.model import LanguageModel
-from attribute.progress import Progress, Quiet
+from attribute.processes import current
+from attribute.progress import Progress, Quiet, scaled
 from gradcore import IGNORE, CapturePlan, ModuleGradient
 
 
@@ -67,6 +68,7 @@ class _State:
         self.seen = set[str]()
         self.routed = frozenset[str]()
         self.held = dict[str, list[ModuleGradient]]()
+        self.idle = False
 
     def begin(self, labels: Tensor) -> None:
         """Positions before the last labelled token can change a loss; those after it and the padding cannot."""
@@ -128,6 +130,8 @@ def _handing(model: LanguageModel, plan: CapturePlan, on_factors: OnFactors, on_
     uses = {each.name: 1 + len(each.tied) for each in plan.modules}
 
     def hand(part: ModuleGradient) -> None:
+        if state.idle:
+            return None
         gradient = state.complete(part, uses[part.name])
         if gradient is None:
             return None
@@ -157,7 +161,7 @@ def factor_pass(
     budget: int = 4096,
     progress: Progress | None = None,
 ) -> None:
-    """Hand over the factors of the rows; the rows must have a loss.
+    """Hand over the factors of the rows; the rows must have a loss. Several processes share the batches out.
 
     Args:
         model, tokens, plan: as for :func:`attribute.engine.run_pass`.
@@ -173,11 +177,20 @@ def factor_pass(
         raise AttributionError(f"--labels must be one of {', '.join(LABELS)}, not {labels!r}")
     progress = progress or Quiet()
     with torch.enable_grad(), _handing(model, plan, on_factors, on_vector) as state:
-        for chosen in plan_batches(tokens.lengths, np.asarray(rows), budget):
-            batch: Batch = assemble(tokens, chosen, model.device)
+
+        def run(batch: Batch) -> None:
+            state.idle = batch.idle
             state.begin(batch.labels)
             losses_under(model, batch, labels, seed, plan).sum().backward()
-            progress.advance(int(tokens.lengths[chosen].sum()))
+
+        batches = plan_batches(tokens.lengths, np.asarray(rows), budget)
+        mine = [batches[place] for place in current().deal([padded(tokens, some) for some in batches])]
+        part, whole = (sum(int(tokens.lengths[some].sum()) for some in each) for each in (mine, batches))
+        advance = scaled(progress.advance, part, whole)
+        for chosen in mine:
+            run(assemble(tokens, chosen, model.device))
+            advance(int(tokens.lengths[chosen].sum()))
+        keep_step(model, tokens, len(mine), run)
 
 
 def rows_with_loss(tokens: TokenFile, sample: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ both, has a diagonal out factor; a vector layer has no factors, and keeps E_row[
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from attribute.curvature._factors import Factors, factor_pass, rows_with_loss
 from attribute.curvature._kronecker import Kronecker, KroneckerModule
 from attribute.data import TokenFile
 from attribute.model import LanguageModel
+from attribute.processes import Processes, current
 from attribute.progress import Progress, Quiet
 from gradcore import CapturePlan, ModulePlan
 
@@ -64,6 +65,8 @@ def fit_kronecker(
             in memory while fitting.
         budget: padded tokens a batch.
         progress: told of each pass.
+
+    Several processes share rows and decompositions, and all come to the same curvature.
     """
     if method not in METHODS:
         raise AttributionError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -72,6 +75,7 @@ def fit_kronecker(
     progress = progress or Quiet()
     rows = rows_with_loss(tokens, sample)
     base = _CORRECTED.get(method, method)
+    here = current()
     found = dict[str, KroneckerModule]()
 
     def sweep(part: CapturePlan, label: str, sums: Mapping[str, _Moments | _Correction]) -> None:
@@ -89,13 +93,18 @@ def fit_kronecker(
             progress=progress,
         )
         progress.stop()
+        share(list(sums.values()), here)
 
     for number in range(partitions):
         part = replace(plan, modules=plan.modules[number::partitions])
         label = f" {number + 1}/{partitions}" if partitions > 1 else ""
         moments = {each.name: _Moments(base, part.shapes[each.name], _is_table(each)) for each in part.modules}
         sweep(part, f"factors{label}", moments)
-        modules = {name: each.finish(len(rows)) for name, each in moments.items()}
+        # Each decomposed once: eigenvectors of others would be other, equally good ones.
+        mine = here.deal([sum(each * each * each for each in part.shapes[name][:2]) for name in moments])
+        modules = here.merged(
+            {name: moments[name].finish(len(rows)) for name in (list(moments)[place] for place in mine)}
+        )
         matrices = {name: each for name, each in modules.items() if each.out_values is not None}
         if method in _CORRECTED and matrices:
             second = {name: _Correction(each, part.shapes[name]) for name, each in matrices.items()}
@@ -116,6 +125,16 @@ def _with_first(part: CapturePlan, whole: CapturePlan) -> CapturePlan:
     once for all of them, does not."""
     first = whole.modules[0]
     return part if first in part.modules else replace(part, modules=(first, *part.modules))
+
+
+def share(sums: Sequence[_Moments | _Correction], here: Processes) -> None:
+    """Add what the other processes of the run have of the same modules."""
+    if here.world == 1:
+        return
+    parts = [part for each in sums for part in each.parts()]
+    found = iter(here.sums(parts))
+    for each in sums:
+        each.take([next(found) for _ in each.parts()])
 
 
 @dataclass
@@ -178,6 +197,19 @@ class _Moments:
         in_values, in_vectors = _decompose(self.given / count, self.dtype)
         return KroneckerModule(out_values, out_vectors, in_values, in_vectors, None, scale)
 
+    def parts(self) -> list[Tensor | None]:
+        """All that is summed; which float type came is told by a count of those that are wide."""
+        wide = float(self.dtype == torch.float64)
+        numbers = torch.tensor([self.mass, float(self.tokens), wide], dtype=torch.float64)
+        return [self.out, self.given, self.squares, numbers]
+
+    def take(self, parts: Sequence[Tensor | None]) -> None:
+        """The sums over all processes instead."""
+        self.out, self.given, self.squares, numbers = parts
+        assert numbers is not None
+        self.mass, self.tokens = numbers[0].item(), int(numbers[1])
+        self.dtype = torch.float64 if numbers[2] else torch.float32
+
     def _sum(self, out: Tensor, given: Tensor) -> None:
         self.out = out.double() if self.out is None else self.out.add_(out)
         self.given = given.double() if self.given is None else self.given.add_(given)
@@ -212,6 +244,15 @@ class _Correction:
 
     def add_vector(self, gradient: Tensor) -> None:
         raise AssertionError("vector layers have no factors to correct")
+
+    def parts(self) -> list[Tensor | None]:
+        """All that is summed."""
+        return [self.total]
+
+    def take(self, parts: Sequence[Tensor | None]) -> None:
+        """The sums over all processes instead."""
+        (self.total,) = parts
+        self.dtype = self.module.in_values.dtype if self.module.in_values is not None else self.dtype
 
     def finish(self, rows: int) -> KroneckerModule:
         assert self.total is not None

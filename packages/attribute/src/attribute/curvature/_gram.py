@@ -18,6 +18,7 @@ from attribute._errors import AttributionError, RunError
 from attribute.curvature._inversion import Inversion
 from attribute.curvature._sidecar import save_tensors
 from attribute.engine import RowBlock
+from attribute.processes import Processes
 from gradcore import CapturePlan
 from gradstore import GradientStore
 
@@ -182,6 +183,12 @@ class GramSums:
         for name, columns in self._blocks.items():
             part = rows[:, columns]
             self._moments[name] += (part.T @ part).cpu()
+
+    def share(self, here: Processes) -> None:
+        """Add what the other processes of the run have."""
+        rows = torch.tensor([self._rows])
+        here.sums([*self._moments.values(), rows])
+        self._rows = int(rows)
 
     def finish(self) -> Gram:
         """The mean over the rows, decomposed."""

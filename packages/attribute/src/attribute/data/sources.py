@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attribute._errors import DataError
 from attribute.config import DataConfig
+from attribute.processes import current
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,6 +67,20 @@ def open_source(config: DataConfig) -> Source:
     if not source.length:
         raise DataError(f"{config.dataset} has no rows (split {config.split!r})")
     return source
+
+
+def shared_source(config: DataConfig) -> Source:
+    """:func:`open_source` in the first of several processes; the others learn of what it is, and never read it."""
+    here = current()
+    if here.world == 1:
+        return open_source(config)
+    source = open_source(config) if here.first else Source("", (), 0, _unread)
+    about = here.from_first(lambda: replace(source, batches=_unread))
+    return source if here.first else about
+
+
+def _unread() -> Iterator[list[dict[str, Any]]]:
+    return iter([])
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from attribute._errors import AttributionError, DataError
 from attribute.batching import Batch
 from attribute.config import IndexConfig
-from attribute.data import Source, TokenFile, open_source
+from attribute.data import Source, TokenFile, shared_source
 from attribute.engine import Measure, RowBlock, finite_losses, labelled_tokens, run_windows
-from attribute.index import announce, budgeted, normalized, records_of, source_of, tokenise
+from attribute.index import announce, budgeted, records_of, source_of, tokenise
 from attribute.model import LanguageModel, load_tokenizer, model_of
-from attribute.normalizing import save_normalizer
+from attribute.normalizing import save_normalizer, shared_normalizer
+from attribute.processes import Processes, current
 from attribute.progress import Progress, Quiet
 from attribute.run import refuse_finished, remove_run, scratch_beside
 from attribute.scoring._config import ReduceConfig
@@ -65,13 +66,13 @@ def reduce_gradients(
     Raises:
         DataError: no such group column; a row whose gradient is zero has no direction.
     """
-    progress, path = progress or Quiet(), Path(path)
+    progress, path, here = progress or Quiet(), Path(path), current()
     refuse_finished(path, overwrite)
     if not config.sketch_kind and config.projection_dim is None:
         config = replace(config, projection_dim=0)
     if isinstance(config.sketch, Spectral):
         raise AttributionError("a spectral basis belongs to an index: reduce takes --sketch tensor, or whole gradients")
-    source = open_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
+    source = shared_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
     if reduce.group_column and reduce.group_column not in source.columns:
         raise DataError(f"{source.name} has no column {reduce.group_column!r}, only {', '.join(source.columns)}")
     if model is None:
@@ -83,15 +84,19 @@ def reduce_gradients(
     with scratch_beside(path) as scratch:
         tokens = tokenise(scratch, source, tokenizer, config, loaded, progress)
         groups, names = _groups(scratch, tokens, reduce.group_column)
-        if overwrite:
+        if overwrite and here.first:
             remove_run(path)
-        plan = budgeted(loaded, tokens, normalized(path, loaded, tokens, plan, config, progress), config)
+        plan = replace(plan, normalizer=shared_normalizer(loaded, tokens, plan, config, progress))
+        shared = budgeted(loaded, tokens, plan, config).sketch if here.first or loaded.sharded else plan.sketch
+        plan = replace(plan, sketch=here.from_first(lambda: shared))
         sums = _Sums(plan, groups, len(names), reduce.unit_normalize)
         progress.start("gradients", tokens.total, "tokens")
         with _summing(loaded, plan, sums) as measure, torch.enable_grad():
             everything = [(0, 0, len(tokens))]
-            run_windows(loaded, tokens, everything, [], measure, budget=config.token_batch_size, progress=progress)
+            budget = config.token_batch_size
+            run_windows(loaded, tokens, everything, [], measure, budget=budget, progress=progress, deal="batches")
         progress.stop()
+        sums.share(here)
         found = sums.finish(mean=reduce.method == "mean")
     identity = {
         "capture": plan.to_dict(),
@@ -99,23 +104,25 @@ def reduce_gradients(
         "tokens": tokens.digest,
         "reduce": reduce.to_dict(),
     }
-    meta = {"config": config.to_dict(), "reduce": reduce.to_dict(), "sign": "positive scores are proponents"}
-    with StoreWriter.create(
-        path, rows=len(names), columns=plan.columns, plan=identity, meta=meta, side_columns=()
-    ) as writer:
-        if on_begun is not None:
-            on_begun()
-        save_normalizer(path, plan.normalizer)
-        writer.write_data(
-            {
-                "text": f"{reduce.method} of {int(count)} rows{f' of {name}' if name else ''}",
-                "group": name,
-                "rows": int(count),
-            }
-            for name, count in zip(names, sums.rows)
-        )
-        for shard, start, stop in writer.pending:
-            writer.write(shard, found[start:stop])
+    if here.first:
+        meta = {"config": config.to_dict(), "reduce": reduce.to_dict(), "sign": "positive scores are proponents"}
+        with StoreWriter.create(
+            path, rows=len(names), columns=plan.columns, plan=identity, meta=meta, side_columns=()
+        ) as writer:
+            if on_begun is not None:
+                on_begun()
+            save_normalizer(path, plan.normalizer)
+            writer.write_data(
+                {
+                    "text": f"{reduce.method} of {int(count)} rows{f' of {name}' if name else ''}",
+                    "group": name,
+                    "rows": int(count),
+                }
+                for name, count in zip(names, sums.rows)
+            )
+            for shard, start, stop in writer.pending:
+                writer.write(shard, found[start:stop])
+    here.barrier()
     return GradientStore.open(path)
 
 
@@ -156,6 +163,10 @@ class _Sums:
                 total = gradient.scaled(chosen.float()).sum_over_examples()
                 self._totals[group, self._plan.slices[name]] += total.flatten().double().cpu().numpy()
 
+    def share(self, here: Processes) -> None:
+        """Add what the other processes of the run have."""
+        here.sums([torch.from_numpy(self._totals), torch.from_numpy(self.rows)])
+
     def finish(self, *, mean: bool) -> np.ndarray:
         """``[groups, width]`` float32."""
         if not np.isfinite(self._totals).all():
@@ -193,7 +204,8 @@ def _summing(model: LanguageModel, plan: CapturePlan, sums: _Sums) -> Iterator[M
 
         def by_factors(batch: Batch) -> RowBlock:
             losses = run(batch)
-            sums.add_factors(batch, {name: ModuleGradient.joined(parts) for name, parts in held.items()})
+            if not batch.idle:
+                sums.add_factors(batch, {name: ModuleGradient.joined(parts) for name, parts in held.items()})
             held.clear()
             return nothing(batch, losses)
 
@@ -207,7 +219,9 @@ def _summing(model: LanguageModel, plan: CapturePlan, sums: _Sums) -> Iterator[M
 
         def by_rows(batch: Batch) -> RowBlock:
             losses = run(batch)
-            sums.add_rows(batch, collector.take())
+            rows = collector.take()
+            if not batch.idle:
+                sums.add_rows(batch, rows)
             return nothing(batch, losses)
 
         yield by_rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from attribute._errors import RunError
+from attribute._shared_writer import shared_writer
 from attribute.attributor import record_text, require_same_weights
 from attribute.config import IndexConfig
-from attribute.data import Source, TokenFile, open_source
+from attribute.data import Source, TokenFile, shared_source
 from attribute.engine import MatrixSink, document_windows, run_windows
 from attribute.index import records_of, source_of, tokenise
 from attribute.model import LanguageModel, load_tokenizer, model_of
+from attribute.processes import current
 from attribute.progress import Progress, Quiet
 from attribute.run import is_begun, refuse_finished, remove_run, scratch_beside
 from attribute.scoring._config import ScoreConfig
@@ -104,10 +107,10 @@ def score_dataset(
         AttributionError: a route that does not exist for these queries.
         DataError, ModelError: see :func:`open_source` and :func:`load_model`.
     """
-    progress, path = progress or Quiet(), Path(path)
+    progress, path, here = progress or Quiet(), Path(path), current()
     refuse_finished(path, overwrite)
     config = _as_the_queries(score.query_path, config or IndexConfig())
-    source = open_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
+    source = shared_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
     if model is None:
         tokenizer = tokenizer or load_tokenizer(config.tokenizer or config.model, config.revision)
         model = model_of(config)
@@ -126,15 +129,21 @@ def score_dataset(
         progress.note(f"{len(queries)} queries in {len(queries.slices)} slices, read again for each batch")
     with scratch_beside(path) as scratch:
         tokens = tokenise(scratch, source, tokenizer, config, loaded, progress)
-        if overwrite:
+        if overwrite and here.first:
             remove_run(path)
-        with _writer(path, tokens, queries, config, loaded) as writer:
-            if on_begun is not None:
-                on_begun()
-            _run(writer, loaded, tokens, queries, config, progress)
+
+        @contextmanager
+        def begin() -> Iterator[StoreWriter]:
+            with _writer(path, tokens, queries, config, loaded) as writer:
+                if on_begun is not None:
+                    on_begun()
+                yield writer
+
+        with shared_writer(path, begin) as (writer, pending):
+            _run(writer, pending, loaded, tokens, queries, config, progress)
         scores = ScoreStore.open(path)
-        hits = scores.top(score.top_k)
-        texts = _texts(scores, hits, records_of(scratch), tokens, tokenizer)
+        hits = here.from_first(lambda: scores.top(score.top_k))
+        texts = here.from_first(lambda: _texts(scores, hits, records_of(scratch), tokens, tokenizer))
     return Scored(scores, hits, texts, queries.texts, route)
 
 
@@ -199,6 +208,7 @@ def _writer(path: Path, tokens: TokenFile, queries: Queries, config: IndexConfig
 
 def _run(
     writer: StoreWriter,
+    pending: list[tuple[int, int, int]],
     model: LanguageModel,
     tokens: TokenFile,
     queries: Queries,
@@ -206,14 +216,15 @@ def _run(
     progress: Progress,
 ) -> None:
     of_tokens = bool(queries.config.tokens)
-    windows = document_windows(tokens, writer.pending) if of_tokens else writer.pending
+    windows = document_windows(tokens, pending) if of_tokens else pending
     left = sum(int(tokens.offsets[stop] - tokens.offsets[start]) for _, start, stop in windows)
     if left < tokens.total:
         progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
     sink = MatrixSink(writer, tokens.offsets if of_tokens else None)
     progress.start("scores", left, "tokens")
     with torch.enable_grad(), measuring(model, queries) as measure:
-        run_windows(model, tokens, windows, [sink], measure, budget=config.token_batch_size, progress=progress)
+        budget = config.token_batch_size
+        run_windows(model, tokens, windows, [sink], measure, budget=budget, progress=progress, deal="windows")
     progress.stop()
 
 

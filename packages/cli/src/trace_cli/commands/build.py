@@ -16,6 +16,7 @@ from trace_cli._options import (
     sketch_options,
     stats_option,
 )
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -40,6 +41,7 @@ from trace_cli._refused import refused_options
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@in_processes
 def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Collect the gradient of every training row into the index RUN_PATH.
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trace_cli._options import capture_options, data_options, model_options
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -30,6 +31,7 @@ from trace_cli._refused import refused_options
 @click.option("--module-partitions", default=1, show_default=True, help="Fit in so many groups when memory is short.")
 @click.option("--overwrite", is_flag=True, help="Replace a curvature that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the spectra as JSON.")
+@in_processes
 def command(
     run_path: str,
     method: str,

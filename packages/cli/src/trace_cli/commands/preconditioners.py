@@ -14,6 +14,7 @@ from trace_cli._options import (
     normalizer_options,
     stats_option,
 )
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -34,6 +35,7 @@ from trace_cli._refused import refused_options
 @click.option("--joint", is_flag=True, help="One matrix over all modules together instead of one a module.")
 @click.option("--overwrite", is_flag=True, help="Replace a curvature that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the spectra as JSON.")
+@in_processes
 def command(
     run_path: str,
     index: str | None,

@@ -16,6 +16,7 @@ from trace_cli._options import (
     sketch_options,
     stats_option,
 )
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -43,6 +44,7 @@ from trace_cli._refused import refused_options
 @click.option("--skip-preconditioners", is_flag=True, help="Does no more than say so: score applies curvature.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@in_processes
 def command(run_path: str, overwrite: bool, as_json: bool, skip_preconditioners: bool, **options: Any) -> None:
     """Sum the gradients of a dataset into the query RUN_PATH, for trace score.
 

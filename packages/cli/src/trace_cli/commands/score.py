@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from trace_cli._options import data_options, model_options
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -57,6 +58,7 @@ from trace_cli._refused import refused_options
 )
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON.")
+@in_processes
 def command(run_path: str, overwrite: bool, as_json: bool, exports: tuple[str, ...], **options: Any) -> None:
     """Score every row of a dataset against query gradients into RUN_PATH, keeping nothing but the scores.
 
@@ -70,6 +72,7 @@ def command(run_path: str, overwrite: bool, as_json: bool, exports: tuple[str, .
 
     from attribute import DataConfig, IndexConfig
     from attribute.curvature import Inversion
+    from attribute.processes import current
     from attribute.run import refuse_finished
     from attribute.scoring import ScoreConfig, score_dataset
     from trace_cli._progress import Bars
@@ -101,7 +104,7 @@ def command(run_path: str, overwrite: bool, as_json: bool, exports: tuple[str, .
         progress=Bars(),
         on_begun=lambda: save_config(run_path, "score"),
     )
-    for file in exports:
+    for file in exports if current().first else ():
         found.scores.export(file)
     answer = found.answer()
     if as_json:

@@ -16,6 +16,7 @@ from trace_cli._options import (
     normalizer_options,
     stats_option,
 )
+from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
@@ -40,6 +41,7 @@ from trace_cli._refused import refused_options
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON.")
+@in_processes
 def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Score training rows for queries as TrackStar does, into RUN_PATH.
 
