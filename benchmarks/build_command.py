@@ -1,9 +1,10 @@
 """`trace build` as a whole command, start-up included, beside `bergson build` on the same model, texts and sketch.
 
-    uv run python benchmarks/build_command.py [--bergson PATH_TO_ITS_PROGRAM]
+    uv run python benchmarks/build_command.py [--shape pythia-14m] [--bergson PATH_TO_ITS_PROGRAM]
 
-Prints wall seconds, peak memory and ratios of one run. Bergson is measured if its program is given; install it in an
-environment of its own.
+Each is run on some of the documents and on all of them: the difference is what the tokens cost once a command has
+started. Prints seconds, tokens a second, peak memory and ratios of one run, medians. Bergson is measured if its program
+is given; install it in an environment of its own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from _setup import articles, assets
-from _shapes import model_of
+from _setup import assets
+from _shapes import SHAPES, TRAINED, model_of, texts_of, tokenizer_file
 
 _MEASURE = """
 import resource, subprocess, sys
@@ -41,56 +42,77 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bergson")
+    parser.add_argument("--shape", choices=SHAPES, default="pythia-14m")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-
     folder = Path(tempfile.mkdtemp(prefix="trace-benchmark-"))
     try:
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(assets() / "tokenizers" / "gpt-neox-20b" / "tokenizer.json"),
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-            model_max_length=2048,
-        )
-        model_of("pythia-14m").save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        texts = articles(options.documents)
-        cut = [tokenizer.decode(tokenizer(text)["input_ids"][: options.length - 8]) for text in texts]
-        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in cut))
-        tokens = sum(len(tokenizer(text)["input_ids"]) for text in cut)
-
-        common = ["--model", str(folder / "model"), "--dataset", str(folder / "texts.jsonl"), "--truncation"]
+        _write_model(options.shape, folder / "model")
+        texts, counts = _texts(options)
+        sizes = {"few": len(texts) // 4, "all": len(texts)}
+        for name, size in sizes.items():
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:size])
+            (folder / f"{name}.jsonl").write_text(lines)
         trace = str(Path(sys.executable).with_name("trace"))
-        commands = {"trace": [trace, "build", "RUN", *common, "--projection_dim", "16"]}
-        if options.bergson:
-            commands["bergson"] = [options.bergson, "build", "RUN", *common, "--projection_dim", "16"]
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        memory: dict[str, list[float]] = {name: [] for name in commands}
+        programs = {"trace": trace} | ({"bergson": options.bergson} if options.bergson else {})
+        found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for repeat in range(options.repeats):
-            for name, command in commands.items():
-                run = str(folder / f"{name}-{repeat}")
-                wall, peak, _ = measure([run if part == "RUN" else part for part in command])
-                seconds[name].append(wall)
-                memory[name].append(peak)
-        result = {
-            "tokens": tokens,
-            "cores": os.cpu_count(),
-            "seconds": {name: round(statistics.median(each), 1) for name, each in seconds.items()},
-            "peak_gb": {name: round(max(each), 2) for name, each in memory.items()},
-        }
-        if options.bergson:
-            result["times_faster"] = round(
-                statistics.median(seconds["bergson"]) / statistics.median(seconds["trace"]), 2
+            for program, path in programs.items():
+                for size in sizes:
+                    run = str(folder / f"{program}-{size}-{repeat}")
+                    data = ["--dataset", str(folder / f"{size}.jsonl"), "--truncation", "--projection_dim", "16"]
+                    measured = measure([path, "build", run, "--model", str(folder / "model"), *data])
+                    found.setdefault((program, size), []).append(measured)
+                    shutil.rmtree(run, ignore_errors=True)
+        more = sum(counts) - sum(counts[: sizes["few"]])
+        print(f"{options.shape}: {len(texts)} documents, {sum(counts):,} tokens, {os.cpu_count()} cores")
+        rates = {}
+        for program in programs:
+            wall, peak, processor = (statistics.median(each) for each in zip(*found[program, "all"]))
+            few = [statistics.median(each) for each in zip(*found[program, "few"])]
+            rates[program] = (wall, more / (wall - few[0]), more / (processor - few[2]))
+            print(
+                f"{program:8s} {wall:6.1f} s, {peak:.2f} GB; once started {rates[program][1]:9,.0f} tokens/s, "
+                f"{rates[program][2]:9,.0f} a second of processor time"
             )
-        print(json.dumps(result, indent=1))
+        if options.bergson:
+            ours, theirs = rates["trace"], rates["bergson"]
+            print(
+                f"times faster: whole command {theirs[0] / ours[0]:.2f}, once started {ours[1] / theirs[1]:.2f}, "
+                f"by processor time {ours[2] / theirs[2]:.2f}"
+            )
     finally:
         shutil.rmtree(folder)
+
+
+def _write_model(shape: str, folder: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model_of(shape).save_pretrained(folder)
+    if shape in TRAINED:
+        AutoTokenizer.from_pretrained(str(assets() / TRAINED[shape][0])).save_pretrained(folder)
+        return
+    PreTrainedTokenizerFast(
+        tokenizer_file=tokenizer_file(shape),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024 if shape == "gpt2-small" else 2048,
+    ).save_pretrained(folder)
+
+
+def _texts(options: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """Documents of at most ``length`` tokens, and how many each has."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenizer_file(options.shape))
+    length = min(options.length, {"gpt2-shakespeare": 64, "llama-stories260k": 512}.get(options.shape, 1024))
+    encoded = [tokenizer.encode(text) for text in texts_of(options.shape, options.documents)]
+    cut = [tokenizer.decode(each.ids[: length - 8]) for each in encoded]
+    return cut, [min(len(each.ids), length - 8) for each in encoded]
 
 
 if __name__ == "__main__":

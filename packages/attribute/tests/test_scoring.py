@@ -135,6 +135,17 @@ def test_chosen_modules_alone_count(world, tmp_path):
     close(scored(tmp_path, config, query_path=str(root / "query"), modules=("*mlp*",)), train @ query.T)
 
 
+def test_scores_of_modules_sum_to_the_total(world, tmp_path):
+    root, config, _ = world
+    parts = [("*attn*",), ("*mlp*",), ("wte", "*ln_*")]
+    store = GradientStore.open(root / "train")
+    total = scored(tmp_path, config, query_path=str(root / "query"))
+    found = [scored(tmp_path, config, query_path=str(root / "query"), modules=each) for each in parts]
+    assert all(np.linalg.norm(each) > 0.01 * np.linalg.norm(total) for each in found)
+    assert not [name for name in store.columns if not any(word in name for word in ("attn", "mlp", "wte", "ln_"))]
+    close(sum(found), total)
+
+
 def test_low_rank_queries_keep_what_the_rank_keeps(world, tmp_path):
     root, config, _ = world
     store, train = GradientStore.open(root / "query"), rows(root, "train")
