@@ -21,6 +21,13 @@ def test_ground_truth_is_made_and_methods_judged(trace, models, dataset, tmp_pat
     assert (tmp_path / "lds.png").stat().st_size > 1000
     again = trace("evaluate", "lds", tmp_path / "truth", "--scores", f"mine={tmp_path}/truth/scores/grad-dot")
     assert "mine" in again.out
+    options = ["--model", models["neox"], "--method", "grad-dot", "--k", 2, "--k", 5, "--queries", 1]
+    left = trace("evaluate", "leave-out", tmp_path / "truth", *options, "--json").json
+    assert [each["method"] for each in left] == ["grad-dot", "random rows"]
+    assert {"2", "5"} < set(left[0])
+    assert trace("evaluate", "leave-out", tmp_path / "truth", "--method", "grad-dot").code == 2  # which start?
+    patched = trace("evaluate", "tail-patch", tmp_path / "truth", "--method", "grad-dot", "--k", 2, "--json").json
+    assert patched[0]["fall"]["mean"] > 0
     recall = tmp_path / "labels.jsonl"
     recall.write_text("".join(json.dumps({"rows": [row]}) + "\n" for row in (6, 7)))
     scores = ["--scores", tmp_path / "truth" / "scores" / "grad-dot"]

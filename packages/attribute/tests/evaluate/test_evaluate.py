@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from attribute.evaluate import (
     Bank,
     GroundTruth,
     Recipe,
+    leave_k_out,
     linear_datamodelling_score,
     make_truth,
     mislabel_auc,
@@ -124,7 +126,7 @@ def test_a_bank_is_made_resumed_and_read(world, tmp_path, monkeypatch):
     assert whole.banks["25"].kept.sum(1).tolist() == [9] * 4
     assert whole.banks["25"].dropped == pytest.approx(0.25)
     assert [each["text"] for each in whole.records("queries")] == ["row 0", "row 1"]
-    made, real = [], _bank._trained
+    made, real = [], _bank.train_on
 
     def dying(*arguments):
         made.append(1)
@@ -133,7 +135,7 @@ def test_a_bank_is_made_resumed_and_read(world, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_bank, "_trained", dying)
+        patch.setattr(_bank, "train_on", dying)
         with pytest.raises(KeyboardInterrupt):
             make_truth(tmp_path / "part", model, rows, queries, texts, RECIPE)
     with pytest.raises(DataError, match="no ground truth"):
@@ -153,17 +155,56 @@ def test_a_bank_is_made_resumed_and_read(world, tmp_path, monkeypatch):
 
 def test_a_dropped_row_leaves_no_trace(world, tmp_path):
     """Other content in a row that every subset drops changes nothing."""
-    from attribute.evaluate._bank import _losses, _trained
+    from attribute.evaluate._bank import losses_of, train_on
     from attribute.progress import Quiet
 
     model, rows, queries = world
     kept = np.ones(12, dtype=bool)
     kept[5] = False
-    one = _losses(_trained(model, rows, kept, RECIPE, 0, Quiet()), queries)
+    one = losses_of(train_on(model, rows, kept, RECIPE, 0, Quiet()), queries)
     ids = [rows.ids(row).astype(np.int64) for row in range(12)]
     ids[5] = np.full(10, 7)
     other = TokenFileWriter(tmp_path / "other", model.vocabulary).write(Row(r, np.arange(10) > 0, {}) for r in ids)
-    np.testing.assert_allclose(_losses(_trained(model, other, kept, RECIPE, 0, Quiet()), queries), one, rtol=1e-6)
+    np.testing.assert_allclose(losses_of(train_on(model, other, kept, RECIPE, 0, Quiet()), queries), one, rtol=1e-6)
+
+
+def test_leaving_out_what_a_method_names_is_training_without_it(world, tmp_path, monkeypatch):
+    from attribute.evaluate import _leave_out
+    from attribute.evaluate._bank import losses_of, train_on
+    from attribute.progress import Quiet
+
+    model, rows, queries = world
+    truth = make_truth(tmp_path / "t", model, rows, queries, ([""] * 12, [""] * 2), replace(RECIPE, again=False))
+    itself = np.tile(-np.arange(12.0), (2, 1))
+    itself[[0, 1], [0, 1]] = 1  # the first row of query 1 is row 1, then 0, 2, 3 …
+    found = leave_k_out(tmp_path / "t", model, {"itself": itself, "again": 2 * itself}, ks=(1, 3))
+    for k, left_out in ((1, [[0], [1]]), (3, [[0, 1, 2], [1, 0, 2]])):
+        rises = []
+        for query, dropped in enumerate(left_out):
+            kept = np.isin(np.arange(12), dropped, invert=True)
+            after = losses_of(train_on(model, rows, kept, RECIPE, 0, Quiet()), queries)
+            rises.append(after[query] - truth.base[query])
+        assert found["itself"][k].mean == pytest.approx(np.mean(rises))
+    assert found["again"] == found["itself"]
+    assert found["itself"][1].mean > found["random rows"][1].mean
+    # Once trained, never again: not for another method with the same rows, nor on the next call.
+    monkeypatch.setattr(_leave_out, "train_on", lambda *_: pytest.fail("trained again"))
+    assert leave_k_out(tmp_path / "t", model, {"itself": itself}, ks=(1, 3))["itself"] == found["itself"]
+
+
+def test_leaving_out_needs_the_recipe_and_its_start(world, make_model, tmp_path):
+    model, rows, queries = world
+    truth = make_truth(tmp_path / "t", model, rows, queries, ([""] * 12, [""] * 2), replace(RECIPE, again=False))
+    scores = {"mine": np.zeros((2, 12))}
+    with pytest.raises(AttributionError, match="other weights than those"):
+        leave_k_out(truth.path, LanguageModel.wrap(make_model("gpt2", 5).eval()), scores)
+    with pytest.raises(AttributionError, match="between 1 and 11"):
+        leave_k_out(truth.path, model, scores, ks=(12,))
+    with pytest.raises(DataError, match="2 queries for 5 rows"):
+        leave_k_out(truth.path, model, {"mine": np.zeros((2, 5))})
+    (truth.path / "recipe.json").unlink()
+    with pytest.raises(DataError, match="does not say how the ground truth was trained"):
+        leave_k_out(truth.path, model, scores)
 
 
 def test_tail_patch_helps_on_the_query_itself_and_leaves_the_model(world):

@@ -1,8 +1,9 @@
 """How good scores are: against retrained models, labelled rows, known mislabels, or other seeds."""
 
 from attribute.evaluate._bank import Recipe, make_truth
-from attribute.evaluate._compare import compare_methods, scores_of
+from attribute.evaluate._compare import collect_scores, compare_methods, scores_of
 from attribute.evaluate._lds import LdsResult, linear_datamodelling_score, noise_ceiling
+from attribute.evaluate._leave_out import leave_k_out
 from attribute.evaluate._mislabels import mislabel_auc
 from attribute.evaluate._plot import plot_intervals
 from attribute.evaluate._ranks import column_spearman, ranks
@@ -29,8 +30,10 @@ __all__ = [
     "Recall",
     "Recipe",
     "bootstrap",
+    "collect_scores",
     "compare_methods",
     "evaluate_rankings",
+    "leave_k_out",
     "linear_datamodelling_score",
     "make_truth",
     "column_spearman",

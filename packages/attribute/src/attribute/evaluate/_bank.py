@@ -25,7 +25,7 @@ from attribute.evaluate._truth import LOSSES, QUERIES, TRAIN, GroundTruth
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
 
-_PARTS = "parts"
+PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def make_truth(
         DataError: the folder was begun with another recipe or other rows.
     """
     path, progress = Path(path), progress or Quiet()
-    parts = path / _PARTS
+    parts = path / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     about = {**asdict(recipe), "rows": rows.digest, "queries": queries.digest, "start": model.fingerprint()}
     about["drops"] = list(recipe.drops)
@@ -99,8 +99,8 @@ def make_truth(
         if file.exists():
             progress.advance(steps)
             return np.load(file, allow_pickle=False)
-        trained = _trained(model, rows, kept, recipe, seed, progress)
-        found = _losses(trained, queries)
+        trained = train_on(model, rows, kept, recipe, seed, progress)
+        found = losses_of(trained, queries)
         if not np.isfinite(found).all():
             raise DataError("a retraining ended with losses that are not finite: lower the learning rate")
         if name == "base":
@@ -142,7 +142,7 @@ def _masks(rows: int, recipe: Recipe) -> dict[str, np.ndarray]:
     return found
 
 
-def _trained(
+def train_on(
     start: LanguageModel, rows: TokenFile, kept: np.ndarray, recipe: Recipe, seed: int, progress: Progress
 ) -> LanguageModel:
     """AdamW over all rows in the order of the seed; a row that is not kept has weight 0."""
@@ -173,7 +173,8 @@ def _trained(
     return model
 
 
-def _losses(model: LanguageModel, queries: TokenFile) -> np.ndarray:
+def losses_of(model: LanguageModel, queries: TokenFile) -> np.ndarray:
+    """Mean loss of each query's tokens ``[queries]``."""
     found = np.zeros(len(queries))
     with torch.no_grad():
         for chosen in plan_batches(queries.lengths, np.arange(len(queries)), 4096):

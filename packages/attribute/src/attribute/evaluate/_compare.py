@@ -52,17 +52,7 @@ def compare_methods(
         DataError: scores of other queries or rows.
     """
     found = GroundTruth.open(truth)
-    scores = {name: scores_of(path) for name, path in (runs or {}).items()}
-    for name in dict.fromkeys((*methods, *(BASELINES if baselines else ()))):
-        kept = Path(truth) / "scores" / name
-        if not (kept / "manifest.json").exists():
-            train, queries = (DataConfig(dataset=str(Path(truth) / side)) for side in (TRAIN, QUERIES))
-            everything = tuple(modules) == ("*",)
-            config = IndexConfig(model=str(truth), modules=tuple(modules), include_bias=everything, data=train)
-            run_method(kept, name, config, queries, progress=progress)
-        scores[name] = scores_of(kept)
-    if not scores:
-        raise AttributionError("nothing to judge: --scores RUN or --method NAME")
+    scores = collect_scores(truth, runs, (*methods, *(BASELINES if baselines else ())), modules, progress)
     if baselines:
         scores["random"] = np.random.default_rng(0).normal(size=(len(found.base), found.rows))
     table: list[dict[str, Any]] = []
@@ -76,6 +66,32 @@ def compare_methods(
     first = next(iter(found.banks))
     table.sort(key=lambda row: -row[first]["mean"])
     return table, {name: f"{bank.dropped:.0%} dropped" for name, bank in found.banks.items()}
+
+
+def collect_scores(
+    truth: str | Path,
+    runs: Mapping[str, str | Path] | None = None,
+    methods: Sequence[str] = (),
+    modules: Sequence[str] = ("*",),
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores ``[queries, rows]`` of runs, and of methods run on the trained model of a ground truth, kept beside it.
+
+    Raises:
+        AttributionError: neither runs nor methods.
+    """
+    scores = {name: scores_of(path) for name, path in (runs or {}).items()}
+    for name in dict.fromkeys(methods):
+        kept = Path(truth) / "scores" / name
+        if not (kept / "manifest.json").exists():
+            train, queries = (DataConfig(dataset=str(Path(truth) / side)) for side in (TRAIN, QUERIES))
+            everything = tuple(modules) == ("*",)
+            config = IndexConfig(model=str(truth), modules=tuple(modules), include_bias=everything, data=train)
+            run_method(kept, name, config, queries, progress=progress)
+        scores[name] = scores_of(kept)
+    if not scores:
+        raise AttributionError("nothing to judge: --scores RUN or --method NAME")
+    return scores
 
 
 def scores_of(path: str | Path) -> np.ndarray:

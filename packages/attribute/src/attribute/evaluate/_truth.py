@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from attribute._errors import DataError
+from attribute.data import Row, TokenFile, TokenFileWriter
+from gradcore import IGNORE
 
 LOSSES, TRAIN, QUERIES = "losses.npz", "train.jsonl", "queries.jsonl"
 
@@ -104,6 +106,15 @@ class GroundTruth:
             return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read: {error}") from error
+
+    def tokens(self, side: str, folder: Path, vocabulary: int) -> TokenFile:
+        """The token file of ``train`` or ``queries``, written into a folder."""
+        rows = (
+            Row(np.array(each["input_ids"]), np.array(each.get("labels", each["input_ids"])) != IGNORE, {})
+            for each in self.records(side)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        return TokenFileWriter(folder, vocabulary).write(rows)
 
     def require_shape(self, scores: np.ndarray, name: str) -> None:
         """Raise unless scores ``[queries, rows]`` are of this truth and finite."""

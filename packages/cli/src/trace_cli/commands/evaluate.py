@@ -18,6 +18,12 @@ _SCORES = click.option(
     metavar="[NAME=]RUN",
     help="A run folder of trace score, method or trackstar (its scores/); repeatable.",
 )
+_METHODS = click.option(
+    "--method", "methods", multiple=True, help="Also run this method (trace method list); kept in TRUTH/scores."
+)
+_MODULES = click.option(
+    "--modules", multiple=True, metavar="PATTERN", default=("*",), show_default=True, help="For --method."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
@@ -29,13 +35,11 @@ def command() -> None:
 @command.command()
 @click.argument("truth", type=click.Path(exists=True, file_okay=False))
 @_SCORES
-@click.option(
-    "--method", "methods", multiple=True, help="Also run this method (trace method list); kept in TRUTH/scores."
-)
+@_METHODS
 @click.option(
     "--baselines/--no-baselines", default=True, show_default=True, help="BM25, loss, length and random beside."
 )
-@click.option("--modules", multiple=True, metavar="PATTERN", default=("*",), show_default=True, help="For --method.")
+@_MODULES
 @click.option("--plot", type=click.Path(dir_okay=False), help="Also draw the table into this file.")
 @_JSON
 def lds(truth: str, runs: tuple[str, ...], methods: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -107,6 +111,84 @@ def stability(one: str, other: str, as_json: bool) -> None:
 
     first, second = (next(iter(_scores((each,)).values())) for each in (one, other))
     _show([{"method": f"{one} ~ {other}", "ρ": vars(score_stability(first, second))}], {"ρ": "Spearman"}, as_json)
+
+
+@command.command("leave-out")
+@click.argument("truth", type=click.Path(exists=True, file_okay=False))
+@click.option("--model", required=True, help="The model that TRUTH was trained from: folder or hub id.")
+@click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda …; auto takes a GPU if there is one.")
+@_SCORES
+@_METHODS
+@_MODULES
+@click.option("--k", "ks", multiple=True, type=int, default=(8,), show_default=True, help="Rows left out; repeatable.")
+@click.option("--queries", default=8, show_default=True, help="How many to ask: a training each, method and k.")
+@_JSON
+def leave_out(
+    truth: str,
+    runs: tuple[str, ...],
+    methods: tuple[str, ...],
+    modules: tuple[str, ...],
+    ks: tuple[int, ...],
+    queries: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train again without the K best rows of a query: how much does its loss rise? Random rows beside.
+
+    Trainings are kept in TRUTH, so that methods share them and an interrupted run goes on.
+
+    \b
+    trace evaluate leave-out runs/truth --model start/ --method ek-fac --method bm25 --k 4 --k 16
+    """
+    from attribute.evaluate import collect_scores, leave_k_out
+    from attribute.model import load_model
+    from trace_cli._progress import Bars
+
+    progress = Bars()
+    start = load_model(options["model"], precision="fp32", device=options["device"], revision=options["revision"])
+    scores = collect_scores(truth, named(runs), methods, modules, progress)
+    found = leave_k_out(truth, start, scores, ks=ks, queries=queries, progress=progress)
+    table = [{"method": name, **{str(k): vars(each) for k, each in row.items()}} for name, row in found.items()]
+    _show(table, {str(k): f"loss, {k} rows left out" for k in sorted(set(ks))}, as_json)
+
+
+@command.command("tail-patch")
+@click.argument("truth", type=click.Path(exists=True, file_okay=False))
+@_SCORES
+@_METHODS
+@_MODULES
+@click.option("--k", default=10, show_default=True, help="Best rows of each query.")
+@click.option("--learning-rate", default=1e-3, show_default=True, help="Of the step of SGD.")
+@_JSON
+def tail_patch_command(
+    truth: str,
+    runs: tuple[str, ...],
+    methods: tuple[str, ...],
+    modules: tuple[str, ...],
+    k: int,
+    learning_rate: float,
+    as_json: bool,
+) -> None:
+    """One training step on each of a query's K best rows: how much does its loss fall?"""
+    import tempfile
+
+    from attribute.evaluate import GroundTruth, collect_scores, tail_patch
+    from attribute.model import load_model
+    from trace_cli._progress import Bars
+
+    progress, known = Bars(), GroundTruth.open(truth)
+    scores = collect_scores(truth, named(runs), methods, modules, progress)
+    for name, each in scores.items():
+        known.require_shape(each, name)
+    model = load_model(truth, precision="fp32")
+    with tempfile.TemporaryDirectory(prefix="trace-tail-patch-") as scratch:
+        rows, queries = (known.tokens(side, Path(scratch, side), model.vocabulary) for side in ("train", "queries"))
+        table = [
+            {"method": name, "fall": vars(tail_patch(model, rows, queries, each, k=k, learning_rate=learning_rate))}
+            for name, each in scores.items()
+        ]
+    _show(table, {"fall": "fall of the loss"}, as_json)
 
 
 @command.command()
