@@ -108,7 +108,6 @@ def test_resume_and_finetune(model, text, tmp_path):
         (["--k", "300", "--layers", "1"], "k=300 is more than the 256 latents"),
         (["--layers", "1", "--layer_stride", "2"], "give only one"),
         (["--layers", "1", "--resume"], "nothing to resume"),
-        (["--layers", "1", "--load_in_8bit"], "bitsandbytes"),
         (["--layers", "1", "--batch_size", "100"], "fewer than one batch of 100"),
         (["--layers", "1", "--log_to_wandb"], "needs the wandb package"),
     ],
@@ -117,6 +116,29 @@ def test_errors_are_one_line_and_status_one(model, text, tmp_path, words, messag
     result = invoke(model, text, *SMALL, *words, "--save_dir", str(tmp_path / "c"), "--run_name", "none")
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_models_in_eight_bits(model, text, tmp_path, monkeypatch):
+    """Really tried, wherever bitsandbytes is; elsewhere, and where it has no kernels, one line says so."""
+    from importlib.util import find_spec
+
+    words = [model, text, *SMALL, "--layers", "1", "--load_in_8bit", "--save_dir", str(tmp_path / "c")]
+    if find_spec("bitsandbytes") is not None:
+        succeed(*words)
+    else:
+        result = invoke(*words)
+        assert (result.exit_code, "needs the bitsandbytes package" in result.output) == (1, True)
+    import transformers
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda load_in_8bit: {"load_in_8bit": load_in_8bit})
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", no_kernel)
+    result = invoke(*words, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "bitsandbytes does not run on cpu here (no kernel for this device)" in result.output
 
 
 def test_usage_errors_are_status_two(model, text):
@@ -173,11 +195,21 @@ def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
     shape = ["--num_latents", "256", "--k", "8", "--save_dir", tmp_path / "c", "--run_name", "r", "--lr", "1e-3"]
     ok("train", "--cache", tmp_path / "acts", "--hookpoints", "layers.2", *shape)
     assert list(Sae.load_many(str(tmp_path / "c" / "r"), local=True)) == ["layers.2"]
+    ok("train", "--cache", tmp_path / "acts", *shape, "--exclude_special", "--device", "cpu", "--run_name", "special")
+    settled = json.loads((tmp_path / "c" / "special" / "config.json").read_text())
+    assert settled["batch_size"] == 4
+    assert settled["exclude_tokens"] == [0, 1, 2]
+    both = CliRunner().invoke(sae, ["train", model, "--cache", str(tmp_path / "acts")])
+    assert (both.exit_code, "MODEL would do nothing" in both.output) == (1, True)
     for words, message in [
         (["--hookpoints", "layers.3"], "matches no module; did you mean"),
         (["--transcode"], "build it again with pairs=True"),
         (["--loss_fn", "kl"], "runs the model"),
         (["--layers", "1"], "choose with hookpoints"),
+        (["--batch_size", "8"], "--batch_size would do nothing, since --cache"),
+        (["--ctx_len", "64"], "--ctx_len would do nothing"),
+        (["--load_in_8bit"], "--load_in_8bit would do nothing"),
+        (["--device", "nowhere"], "device='nowhere' cannot be used"),
     ]:
         result = CliRunner().invoke(sae, ["train", "--cache", str(tmp_path / "acts"), *map(str, shape), *words])
         assert result.exit_code == 1

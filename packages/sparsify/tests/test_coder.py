@@ -81,6 +81,23 @@ def test_norms_and_projected_gradients():
     assert_close(w.norm(dim=1), torch.ones(len(w)), rtol=0, atol=1e-6)
 
 
+def test_tied_rows_are_normalised_where_asked_for():
+    for normalize in (True, False):
+        sae = Sae(16, SaeConfig(k=4, tied=True, normalize_decoder=normalize))
+        assert sae.W_dec is sae.encoder.weight
+        sae.W_dec.data *= 3
+        sae.after_step()
+        unit = (sae.W_dec.norm(dim=1) - 1).abs() < 1e-6
+        assert bool(unit.all()) == bool(unit.any()) == normalize
+
+
+def test_norms_in_half_precision():
+    sae = Sae(16, SaeConfig(k=4), dtype=torch.bfloat16)
+    sae.W_dec.data *= 3
+    sae.after_step()
+    assert_close(sae.W_dec.float().norm(dim=1), torch.ones(512), rtol=0, atol=1e-2)
+
+
 def test_batchtopk_learns_the_threshold_it_needs_outside_a_batch():
     sae = Sae(16, SaeConfig(k=4, activation="batchtopk"))
     x = torch.randn(200, 16)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from sparsify import DataError
+from sparsify import ConfigError, DataError
 from sparsify.data import MemmapDataset, StreamedRows, chunk_and_tokenize, token_rows
 
 
@@ -44,8 +44,37 @@ def test_splits_streams_and_processes_agree(tokenizer):
     assert torch.equal(token_rows(splits["test"], 0, 5), plain)
     assert torch.equal(token_rows(stream, 0, 5), plain)
     assert torch.equal(token_rows(stream, 3, 5), plain[3:])
-    with pytest.raises(DataError, match="ended before its 4000 rows"):
+    with pytest.raises(DataError, match=r"ended after \d+ of its 4000 rows: lower max_examples"):
         token_rows(StreamedRows(stream.stream, 4000), 3990, 4000)
+
+
+def test_a_stream_is_read_on_from_where_a_run_resumes(tokenizer, tmp_path):
+    """A resumed run opens the stream anew, skips to its place and ends with the same bits."""
+    from small import Tiny
+
+    from sparsify import SaeConfig, TrainConfig, Trainer
+
+    def rows():
+        stream = Dataset.from_dict({"text": TEXTS * 4}).to_iterable_dataset()
+        return StreamedRows(chunk_and_tokenize(stream, tokenizer, max_seq_len=16), num_rows=24)
+
+    shared = {"batch_size": 2, "hookpoints": ["layers.1"], "save_every": 4, "buffer_batches": 3}
+    found = []
+    for stops in ([12], [5, 12]):
+        cfg = TrainConfig(SaeConfig(k=4, num_latents=48), save_dir=str(tmp_path), run_name=f"{len(stops)}", **shared)
+        for stop in stops:
+            trainer = Trainer(cfg, rows(), Tiny(vocabulary=512))
+            if stop != stops[0]:
+                trainer.load_state()
+                assert trainer.global_step == 4
+            while trainer.global_step < stop:
+                trainer.step()
+                if trainer.global_step == 4:
+                    trainer.save()
+        found.append(trainer.saes["layers.1"].state_dict())
+    assert trainer.total_steps == 12
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 def test_every_store_gives_the_same_rows(tmp_path):
@@ -72,3 +101,21 @@ def test_bad_text_is_named(tokenizer, tmp_path):
     (tmp_path / "a.bin").write_bytes(b"12")
     with pytest.raises(DataError, match="1 tokens, not enough"):
         MemmapDataset(tmp_path / "a.bin", 6)
+
+
+def test_options_that_a_dataset_cannot_follow(tmp_path):
+    from sparsify._load import load_rows
+
+    (tmp_path / "a.bin").write_bytes(bytes(200))
+    (tmp_path / "a.txt").write_text("words")
+    Dataset.from_dict({"input_ids": [[1, 2, 3, 4]]}).save_to_disk(tmp_path / "saved")
+    for name, options, message in [
+        ("a.bin", {"arguments": {"streaming": True}}, "arguments of load_dataset"),
+        ("a.txt", {"split": "test"}, "has no splits"),
+        ("saved", {"arguments": {"n": 1}}, "arguments of load_dataset"),
+        ("saved", {"split": "validation"}, "has no splits"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_rows(str(tmp_path / name), "model", ctx_len=4, **options)
+    with pytest.raises(DataError, match=r"rows of 4 tokens, longer than ctx_len=2"):
+        load_rows(str(tmp_path / "saved"), "model", ctx_len=2)

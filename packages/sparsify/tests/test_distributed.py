@@ -12,7 +12,7 @@ import torch
 from small import Tiny, token_rows
 from torch.testing import assert_close
 
-from sparsify import ConfigError, Sae, SaeConfig, TrainConfig, Trainer
+from sparsify import ConfigError, Sae, SaeConfig, TrainConfig, Trainer, build_cache
 from sparsify._parallel import Processes
 
 HOOKS = ["layers.0", "layers.1"]
@@ -23,22 +23,33 @@ torch.set_num_threads(1)
 from small import Tiny, token_rows
 from sparsify import TrainConfig, Trainer
 from sparsify._parallel import joined
+cache = sys.argv[2]
 with joined():
-    for text in sys.argv[2:]:
+    for text in sys.argv[3:]:
         cfg = TrainConfig.from_dict(json.loads(text))
         Trainer(cfg, token_rows(), Tiny()).fit()
         again = Trainer(cfg, token_rows(), Tiny())
         again.load_state()
         assert again.global_step == again.total_steps
+from sparsify.cli import sae
+words = "train --num_latents 48 --k 4 --lr 1e-3 --dead_feature_threshold 200 --device cpu --run_name cached"
+sae([*words.split(), "--cache", cache, "--save_dir", cache + "/.."], standalone_mode=False)
 """
 
 
-def together(*configs):
+def together(cache, *configs):
     """Run the same program in two processes, as torchrun would."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    words = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), *(json.dumps(c.to_dict()) for c in configs)]
+    words = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(Path(__file__).parent),
+        str(cache),
+        *(json.dumps(c.to_dict()) for c in configs),
+    ]
     shared = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -62,7 +73,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     one = Trainer(config(tmp_path, "one", batch_size=8), token_rows(), Tiny())
     one.fit()
     modes = {"replicated": False, "shared out": True}
-    together(*(config(tmp_path, name, batch_size=4, distribute_modules=mode) for name, mode in modes.items()))
+    build_cache(tmp_path / "acts", Tiny(), token_rows(), HOOKS, batch_size=4)
+    together(
+        tmp_path / "acts",
+        *(config(tmp_path, name, batch_size=4, distribute_modules=mode) for name, mode in modes.items()),
+    )
+    cached = (tmp_path / "cached" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(cached[-1])["tokens/layers.0"] == 64 * 16, "each process reads its own share, both together all"
+    for hook in HOOKS:  # the cache is in half precision
+        a, b = (Sae.load_from_disk(tmp_path / n / hook).state_dict() for n in ("one", "cached"))
+        assert all((a[k] - b[k]).norm() < 3e-2 * a[k].norm() for k in ("encoder.weight", "W_dec", "b_dec"))
     for run in modes:
         for hook in HOOKS:
             a = Sae.load_from_disk(tmp_path / "one" / hook).state_dict()

@@ -109,10 +109,24 @@ def test_load_from_hub_reads_the_snapshot(tmp_path, monkeypatch):
     assert Sae.load_from_hub("org/sae", hookpoint="layers.10", revision="v1").d_in == 6
     assert list(Sae.load_many("org/sae")) == ["layers.10"]
     assert asked == [("org/sae", "layers.10/*", "v1"), ("org/sae", None, None)]
+    with pytest.raises(FormatError, match=r"org/sae has no hookpoint 'layers.3'"):
+        Sae.load_from_hub("org/sae", hookpoint="layers.3")
     with pytest.raises(FormatError, match=r"several coders: give a hookpoint, one of layers.10"):
         Sae.load_from_hub("org/sae")
     with pytest.raises(FormatError, match="may not lead out"):
         Sae.load_from_hub("org/sae", hookpoint="../elsewhere")
+
+
+def test_tensors_of_two_dtypes_lose_nothing(tmp_path):
+    """EleutherAI's loader takes the first tensor's dtype for all, so half of such a file is rounded."""
+    coder = trained(CONFIGS["topk"])
+    coder.save_to_disk(tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    tensors["b_dec"] = tensors["b_dec"].bfloat16()
+    save_file(tensors, tmp_path / "sae.safetensors")
+    again = Sae.load_from_disk(tmp_path)
+    assert torch.equal(again.encoder.weight, coder.encoder.weight)
+    assert torch.equal(again.b_dec, coder.b_dec.bfloat16().float())
 
 
 def test_broken_folders_are_named(tmp_path):

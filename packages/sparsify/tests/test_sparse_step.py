@@ -20,6 +20,7 @@ CASES = {
     "gated": SaeConfig(activation="gated", k=3, num_latents=90),
     "multi": SaeConfig(k=3, num_latents=130, multi_topk=True),
     "matryoshka": SaeConfig(activation="batchtopk", k=3, num_latents=90, matryoshka=(10, 33, 90)),
+    "matryoshka and multi": SaeConfig(k=3, num_latents=130, matryoshka=(10, 33, 130), multi_topk=True),
     "tied": SaeConfig(k=3, num_latents=90, tied=True),
     "transcoder": SaeConfig(k=3, num_latents=90, transcode=True),
     "skip": SaeConfig(k=3, num_latents=90, transcode=True, skip_connection=True),

@@ -19,6 +19,7 @@ from sparsify import (
     TrainConfig,
     Trainer,
 )
+from sparsify._source import OnTheFly
 
 SAE = SaeConfig(k=4, num_latents=48)
 
@@ -238,11 +239,11 @@ def test_every_activation_recovers_a_planted_dictionary(name):
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    for loss in ("fvu", "ce"):
+    for loss, transcode in (("fvu", False), ("ce", False), ("ce", True)):
         model = Tiny().train()
         model.head.bias.requires_grad_(False)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        run(config(tmp_path, loss_fn=loss), model=model)
+        run(config(tmp_path, replace(SAE, transcode=transcode), loss_fn=loss), model=model)
         assert all(m.training for m in model.modules())
         assert not any(m._forward_hooks for m in model.modules())
         assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
@@ -284,6 +285,25 @@ def test_best_coders_and_intervals(tmp_path):
     assert lines[0]["l0/layers.1"] <= 4
     assert trainer.best["layers.1"] < lines[0]["fvu/layers.1"]
     assert list(Sae.load_many(str(tmp_path / "r"), local=True)) == ["layers.1"]
+
+
+def test_seeds_of_layers_whose_names_begin_alike(tmp_path):
+    """EleutherAI/sparsify issue 136: coders of layers.1 were trained on the activations of layers.10 too."""
+    both = run(config(tmp_path, hookpoints=["layers.1", "layers.10"], init_seeds=[0, 1]), model=Tiny(depth=11), steps=3)
+    alone = run(config(tmp_path, hookpoints=["layers.1"], init_seeds=[0, 1]), model=Tiny(depth=11), steps=3)
+    assert list(both.saes) == ["layers.1/seed0", "layers.1/seed1", "layers.10/seed0", "layers.10/seed1"]
+    for name, value in weights(alone).items():
+        assert torch.equal(weights(both)[name], value), name
+
+
+def test_processes_take_equally_many_batches_and_share_none(tmp_path):
+    """EleutherAI/sparsify issues 27, 68, 69: a process with a batch more than the others waits for ever."""
+    rows = torch.arange(66)[:, None].expand(66, 5) % 30
+    model = Tiny()
+    parts = [OnTheFly(model, rows, ["layers.1"], transcode=False, batch_size=4, shard=(rank, 3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [5, 5, 5]
+    taken = torch.cat([part.tokens(i) for i in range(5) for part in parts])
+    assert torch.equal(taken, rows[:60])
 
 
 def test_logged_fvu_is_the_mean_of_the_interval(tmp_path):

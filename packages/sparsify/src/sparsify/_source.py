@@ -88,7 +88,7 @@ class OnTheFly:
         return len(self.dataset) // (self.batch_size * self.world)
 
     def _measure(self) -> dict[str, tuple[int, int]]:
-        tokens = token_rows(self.dataset, 0, 1)[:, :8].to(self.device)
+        tokens = self._checked(token_rows(self.dataset, 0, 1))[:, :8].to(self.device)
         with torch.no_grad(), _hooks.frozen(self.model):
             sites = _hooks.run(self.model, tokens, self.hookpoints, inputs=self.transcode)
         return {n: ((s.output if s.input is None else s.input).shape[-1], s.output.shape[-1]) for n, s in sites.items()}
@@ -96,7 +96,18 @@ class OnTheFly:
     def tokens(self, index: int) -> Tensor:
         """The (rows, tokens) ids of batch ``index``."""
         start = (index * self.world + self.rank) * self.batch_size
-        return token_rows(self.dataset, start, start + self.batch_size).to(self.device)
+        return self._checked(token_rows(self.dataset, start, start + self.batch_size)).to(self.device)
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        """Ids that the model's embedding can look up: beyond it, some devices read whatever lies there."""
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        known = getattr(embedding, "num_embeddings", None)
+        if known is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+            raise DataError(
+                f"token ids from {int(tokens.min())} to {int(tokens.max())}, but the model knows 0 to {known - 1}: "
+                "tokenize with the model's own tokenizer"
+            )
+        return tokens
 
     def batch(self, index: int) -> dict[str, Pair]:
         """Activations of batch ``index``, or its share of a mixed block."""

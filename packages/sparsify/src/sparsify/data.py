@@ -124,7 +124,7 @@ class StreamedRows:
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], num_rows: int) -> None:
         self.stream, self.num_rows = stream, num_rows
-        self._position, self._iterator = 0, iter(())
+        self._position, self._read, self._iterator = 0, 0, iter(())
 
     def __len__(self) -> int:
         return self.num_rows
@@ -132,7 +132,7 @@ class StreamedRows:
     def __getitem__(self, index: slice) -> dict[str, Tensor]:
         start, stop, _ = index.indices(self.num_rows)
         if start < self._position or self._position == 0:
-            self._iterator, self._position = iter(self.stream), 0
+            self._iterator, self._position, self._read = iter(self.stream), 0, 0
         for _ in range(start - self._position):
             self._next()
         self._position = start
@@ -142,8 +142,9 @@ class StreamedRows:
 
     def _next(self) -> Mapping[str, Any]:
         for row in self._iterator:
+            self._read += 1
             return row
-        raise DataError(f"the stream ended before its {self.num_rows} rows: lower max_examples")
+        raise DataError(f"the stream ended after {self._read} of its {self.num_rows} rows: lower max_examples to that")
 
 
 def token_rows(dataset: Any, start: int, stop: int) -> Tensor:
