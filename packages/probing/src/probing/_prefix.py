@@ -129,13 +129,17 @@ class Prefix:
     def _folded(self, index: Tensor, given: Sequence[Intervention]) -> Tensor:
         folded = self._fold
         assert folded is not None
-        keeps = {item.site.path: item.keep for item in given}
-        ones = {site.path: torch.ones(site.shape, device=self._device(site)) for site in self._sites}
-        heads = folded.heads([keeps.get(path, ones[path]) for path in folded.sites], index)
+        keeps = {site.path: torch.ones(site.shape, device=self._device(site)) for site in self._off(given)}
+        keeps |= {item.site.path: item.keep for item in given}
+        heads = folded.heads([keeps[path] for path in folded.sites], index)
         with intervened(self.probe.base, [item for item in given if item.site.path not in folded.sites]):
             found = first_tensor(self._modules[str(self._source)](heads))
         assert found is not None
         return found
+
+    def _off(self, given: Sequence[Intervention]) -> list[Site]:
+        on = {item.site.path for item in given}
+        return [site for site in self._sites if site.path not in on]
 
     # Where the masks and the readout are
 
@@ -293,9 +297,9 @@ class Prefix:
             if site not in first
         ]
 
-        def call(rows: Tensor, keeps: Sequence[Tensor]) -> AttentionCall | None:
+        def call(rows: Tensor, entered: list[_Arguments], keeps: Sequence[Tensor]) -> AttentionCall | None:
             masks = [Intervention(site, keep.to(self._device(site))) for site, keep in zip(first, keeps)]
-            ((args, kwargs),) = self._enter(rows)
+            ((args, kwargs),) = entered
             with intervened(self.probe.base, [*masks, *others]):
                 try:
                     with probed_queries(self._block(), self.data.token_mask[rows]):
@@ -304,13 +308,17 @@ class Prefix:
                     return reached
             return None
 
-        found = fold([(site.path, site.units) for site in first], lambda keeps: call(parts[-1], keeps))
+        few = self._enter(parts[-1])
+        found = fold([(site.path, site.units) for site in first], lambda keeps: call(parts[-1], few, keeps))
         if found is None:
             return None
         extra = 0 if self._padded is None else 1
         calls = []
         for part in parts[:-1]:
-            on, off = (call(part, [value(site.units) for site in first]) for value in (torch.ones, torch.zeros))
+            entered = self._enter(part)
+            on, off = (
+                call(part, entered, [value(site.units) for site in first]) for value in (torch.ones, torch.zeros)
+            )
             assert on is not None
             assert off is not None
             calls.append(difference(on, off))
