@@ -104,3 +104,17 @@ def test_labels_too_large_for_floats_are_told_apart():
     vectors = torch.randn(8, 4)
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     assert torch.equal(soft_nearest_neighbour(vectors, labels), soft_nearest_neighbour(vectors, labels + 2**30))
+
+
+def test_the_one_operation_gelu_is_the_models_own():
+    from transformers.activations import NewGELUActivation
+
+    from probing._prefix import _gelu
+
+    x, y = (torch.linspace(-8, 8, 4001, requires_grad=True) for _ in range(2))
+    one, other = NewGELUActivation()(x), _gelu(y)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=2e-6)
+    assert len(Prefix(circuit_probe(zoo.make("gpt2"), part="mlp"), task("gpt2")[1])._gelus) == 1
