@@ -4,6 +4,7 @@ Experiment 1 (disambiguation): f(a, b) = a² − b² mod P equals (a + b)(a − 
 Experiment 2 (shared nodes): two tasks, f₁ = a mod 29 + c mod 31 and f₂ = a mod 29 + b mod 23, share one operand.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,20 +83,34 @@ def last_logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
     return model.lm_head(model.transformer.ln_f(last))
 
 
-def train(task: Task, epochs: int, lr: float, seed: int = 0, decay: float = 0.0) -> GPT2LMHeadModel:
-    """Full-batch AdamW as in the paper; over the last ``decay`` of the epochs the rate falls to zero."""
+def train(
+    task: Task,
+    epochs: int,
+    lr: float,
+    seed: int = 0,
+    decay: float = 0.0,
+    start: GPT2LMHeadModel | None = None,
+    after: Callable[[int, GPT2LMHeadModel], bool] | None = None,
+) -> GPT2LMHeadModel:
+    """Full-batch AdamW as in the paper; over the last ``decay`` of the epochs the rate falls to zero.
+
+    ``start`` goes on from a trained network; ``after`` is called with each epoch's number and may end it by True.
+    """
     torch.manual_seed(seed)
-    model, ids, answers = network(task), task.ids[task.train], task.answers[task.train]
+    model = network(task) if start is None else start
+    ids, answers = task.ids[task.train], task.answers[task.train]
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1.0)
     tail = max(1.0, decay * epochs)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda e: min(1.0, 1 / 3 + e / 15) * (min(1.0, (epochs - e) / tail) if decay else 1.0)
     )
-    for _ in range(epochs):
+    for epoch in range(epochs):
         optimiser.zero_grad()
         F.cross_entropy(last_logits(model, ids).double(), answers).backward()
         optimiser.step()
         rate.step()
+        if after is not None and after(epoch + 1, model):
+            break
     return model.eval()
 
 

@@ -135,7 +135,7 @@ def fit(
         trainer.step(source.vectors, rows, data, full, state.step)
         state.step += 1
         if progress is not None:
-            progress(state.step, steps, trainer.losses[-1])
+            progress(state.step, steps, float(trainer.losses[-1]))
         if path is not None and state.step % checkpoint_every == 0:
             trainer.save(path, state)
         if plan.stop_undecided is not None and probe.circuit.undecided() < plan.stop_undecided:
@@ -143,7 +143,8 @@ def fit(
     probe.eval()
     if plan.target_sparsity is not None:
         probe.circuit.threshold_to(1 - plan.target_sparsity)
-    return Trace(trainer.losses, trainer.kept, trainer.temperatures, time.perf_counter() - began)
+    losses = [float(loss) for loss in trainer.losses]
+    return Trace(losses, trainer.kept, trainer.temperatures, time.perf_counter() - began)
 
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ class _Trainer:
         device = next(probe.base.parameters()).device
         # λ₂ starts at 30, not 0: without that damping the share pruned swings around its target (measured: ±0.1).
         self.multipliers = torch.tensor([0.0, 30.0], device=device, requires_grad=plan.target_sparsity is not None)
-        self.losses: list[float] = []
+        self.losses: list[Tensor | float] = []  # tensors while training: reading one would wait for the device
         self.kept: list[float] = []
         self.temperatures: list[float] = []
 
@@ -193,7 +194,7 @@ class _Trainer:
             with torch.no_grad():  # ascent: the multipliers grow while the target is missed
                 self.multipliers += self.plan.lagrangian_lr * self.multipliers.grad
             self.multipliers.grad = None
-        self.losses.append(float(loss.detach()))
+        self.losses.append(loss.detach())
         self.temperatures.append(probe.circuit.temperature)
 
     def _penalty(self, step: int) -> Tensor | float:
@@ -225,7 +226,7 @@ class _Trainer:
             "order": state.order,
             "order_random": state.generator.get_state(),
             "step": state.step,
-            "trace": (self.losses, self.kept, self.temperatures),
+            "trace": ([float(loss) for loss in self.losses], self.kept, self.temperatures),
         }
         aside = path.with_name(path.name + ".part")
         torch.save(blob, aside)

@@ -261,23 +261,28 @@ def _resid(key: str) -> Any:
 def _configs(network: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     from probing import CircuitConfig, Readout
     from probing._structure import find_layout
-    from probing._tensors import LINEAR_LIKE
 
     sites = list(options["sites"])
     if not sites:
         readout = Readout.parse(options["readout"])
-        layout = find_layout(network, [readout.layer])[0]
-        part = "mlp" if readout.kind.startswith("mlp") else "attn"
-        around = layout.sources[1 if part == "mlp" else 0].rpartition(".")[0]
-        sites = [
-            f"{around}.{name}"
-            for name, m in network.get_submodule(around).named_modules()
-            if isinstance(m, LINEAR_LIKE)
-        ]
+        sites = _sub_block(network, find_layout(network, [readout.layer])[0], readout.kind, options["unit"])
     config = CircuitConfig(
         options["method"], {"mask_unit": options["unit"]}, sites, l0_lambda=options["l0_lambda"], seed=options["seed"]
     )
     return config, _resid(options["readout"])
+
+
+def _sub_block(network: Any, layout: Any, kind: str, unit: str) -> list[str]:
+    """What to mask where nobody says: the linear maps of the sub-block that the readout reads, or its projection."""
+    from probing import find_sites
+
+    part = 1 if kind.startswith("mlp") else 0
+    if unit == "head":
+        return [str(layout.projection)]
+    if unit == "module":
+        return [layout.mlp if part else layout.attn]
+    around = layout.sources[part].rpartition(".")[0]
+    return [site.path for site in find_sites(network, f"{around}.*", unit)]
 
 
 def _fit(trained: Any, data: Any, options: dict[str, Any]) -> Any:
