@@ -88,6 +88,7 @@ class IndexConfig:
         tokenizer: another tokenizer than the model's.
         precision: dtype the model runs in.
         device: ``"auto"`` takes a GPU where there is one.
+        fsdp: spread the model's blocks over the processes of the run, for models that do not fit one device.
         modules: glob or ``re:`` patterns of the modules to capture, relative to the base model. By default every linear
             layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
@@ -121,6 +122,7 @@ class IndexConfig:
     tokenizer: str = ""
     precision: str = "fp32"
     device: str = "auto"
+    fsdp: bool = False
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     include_bias: bool = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
+from attribute._fsdp import load_spread
 from attribute.processes import pick_local
 from gradcore import (
     MATRICES,
@@ -45,6 +46,7 @@ class LanguageModel:
             base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
         reference: what the loss ``kl`` compares with; by default the model with its adapters switched off.
         sharded: whether its parameters are spread over the processes of a run (``--fsdp``).
+        known: fingerprints of base and output embedding, where the whole weights are not there to take them of.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LanguageModel:
     fused: bool
     reference: LanguageModel | None = None
     sharded: bool = False
+    known: tuple[str, str] = ("", "")
 
     @classmethod
     def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
@@ -102,11 +105,11 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Fingerprint of the weights of the base model, whose modules are captured."""
-        return model_fingerprint(self.base)
+        return self.known[0] or model_fingerprint(self.base)
 
     def head_fingerprint(self) -> str:
         """Fingerprint of the output embedding, which shapes every gradient below it."""
-        return model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
+        return self.known[1] or model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
 
     def _heads(self, patterns: Sequence[str]) -> dict[str, AttentionConfig]:
         if not patterns:
@@ -203,7 +206,13 @@ def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> Langua
     device = device or config.device
 
     def load(which: str, revision: str) -> LanguageModel:
-        return load_model(which, precision=config.precision, device=device, revision=revision)
+        if not config.fsdp:
+            return load_model(which, precision=config.precision, device=device, revision=revision)
+
+        def whole() -> LanguageModel:
+            return load_model(which, precision=config.precision, device="cpu", revision=revision)
+
+        return load_spread(whole, pick_device(device))
 
     model = load(name or config.model, config.revision)
     if not config.reference_model:

@@ -29,6 +29,7 @@ _PROVENANCE = {
     "tokenizer",
     "revision",
     "device",
+    "fsdp",
     "dataset",
     "subset",
     "split",
