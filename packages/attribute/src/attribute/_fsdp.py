@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import signature
@@ -48,6 +49,8 @@ def _spread(loaded: LanguageModel, mesh: object, device: torch.device) -> Langua
     """Embeddings, output embedding and final norm stay whole: the loss reads them outside of any block."""
     from torch.distributed.fsdp import fully_shard
 
+    # GPT-2's base answers with a view, which nobody changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Of the whole weights, which nobody has any more afterwards.
     known = (loaded.fingerprint(), loaded.head_fingerprint())
     blocks = list(_blocks(loaded.base))

@@ -45,6 +45,7 @@ class DataConfig:
         advantage_column: the weights themselves.
         skip_nan_rewards: rows whose reward is NaN count for nothing, instead of being refused.
         data_args: ``"name=value,name=value"`` for the dataset loader.
+        streaming: read rows as they come, once and in order, instead of having the whole dataset on this machine first.
     """
 
     dataset: str = ""
@@ -60,6 +61,7 @@ class DataConfig:
     advantage_column: str = ""
     skip_nan_rewards: bool = False
     data_args: str = ""
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.truncation and self.chunk_length:

@@ -41,6 +41,7 @@ data_options = _stack(
     click.option("--advantage-column", default="", help="Weight losses by this column."),
     click.option("--skip-nan-rewards", is_flag=True, help="Leave rows with a NaN reward out instead of refusing them."),
     click.option("--data-args", default="", metavar="A=1,B=X", help="Arguments for the dataset loader."),
+    click.option("--streaming", is_flag=True, help="Read rows as they come, instead of downloading the dataset first."),
 )
 
 model_options = _stack(
@@ -121,6 +122,7 @@ def grouped_data_options(group: str, about: str) -> Callable[[F], F]:
         option("advantage-column", default="", help=f"{about}: weight losses by this column."),
         option("skip-nan-rewards", is_flag=True, help=f"{about}: leave rows with a NaN reward out."),
         option("data-args", default="", metavar="A=1,B=X", help=f"{about}: arguments for the dataset loader."),
+        option("streaming", is_flag=True, help=f"{about}: read rows as they come."),
     )
 
 
