@@ -20,7 +20,7 @@ from gradcore import (
     normalizer_kinds,
 )
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
 _PATTERNS = ("modules", "exclude", "split_attention_modules")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
@@ -88,7 +88,7 @@ class IndexConfig:
         model: a local folder or hub id.
         revision: branch, tag or commit of a hub model.
         tokenizer: another tokenizer than the model's.
-        precision: dtype the model runs in.
+        precision: dtype the model runs in; ``int8`` and ``int4`` quantise its weights (bitsandbytes).
         device: ``"auto"`` takes a GPU where there is one.
         fsdp: spread the model's blocks over the processes of the run, for models that do not fit one device.
         modules: glob or ``re:`` patterns of the modules to capture, relative to the base model. By default every linear
@@ -150,6 +150,8 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         _require("precision", self.precision, PRECISIONS)
+        if self.fsdp and self.precision in ("int8", "int4"):
+            raise AttributionError(f"--fsdp spreads floats: take --precision bf16, or {self.precision} without --fsdp")
         _require("store-dtype", self.store_dtype, STORE_DTYPES)
         if self.sketch_kind:
             _require("sketch", self.sketch_kind, SKETCHES)

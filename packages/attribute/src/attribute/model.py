@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attribute._errors import ModelError
 from attribute._fsdp import load_spread
+from attribute._quantised import QUANTISED, quantised_options
 from attribute.processes import pick_local
 from gradcore import (
     MATRICES,
@@ -178,7 +179,7 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
     """Load a causal language model from a folder or the hub.
 
     Raises:
-        ModelError: nothing there, no causal language model, or weights that are not finite.
+        ModelError: nothing there, no causal language model, weights that are not finite, or no means to quantise them.
     """
     _require_model_name(name)
     from safetensors import SafetensorError
@@ -186,19 +187,23 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    quantised = precision in QUANTISED
+    options = quantised_options(precision, pick_device(device)) if quantised else {"dtype": _DTYPES[precision]}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=_DTYPES[precision], revision=revision or "main", output_loading_info=True
+            name, revision=revision or "main", output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        wanted = f" in {precision}" if quantised else ""
+        raise ModelError(f"the model {name!r} cannot be loaded{wanted}: {_first_line(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
-    return LanguageModel.wrap(_moved(model, device), name)
+    # Quantised weights were made where they are, and cannot be moved.
+    return LanguageModel.wrap(model if quantised else _moved(model, device), name)
 
 
 def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> LanguageModel:

@@ -50,10 +50,10 @@ model_options = _stack(
     click.option("--tokenizer", default="", help="Another tokenizer than the model's own."),
     click.option(
         "--precision",
-        type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
+        type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4", "auto"]),
         default="fp32",
         show_default=True,
-        help="Dtype the model runs in.",
+        help="Dtype the model runs in; int8 and int4 quantise its weights (bitsandbytes).",
     ),
     click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."
