@@ -202,8 +202,13 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
             f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
-    # Quantised weights were made where they are, and cannot be moved.
-    return LanguageModel.wrap(model if quantised else _moved(model, device), name)
+    if not quantised:
+        return LanguageModel.wrap(_moved(model, device), name)
+    try:
+        return LanguageModel.wrap(model, name)  # made where it is, and it cannot be moved
+    except (AssertionError, RuntimeError) as error:  # bitsandbytes has no kernel for some shapes on some devices
+        where = model.device.type
+        raise ModelError(f"the model {name!r} does not run in {precision} on {where}: {_first_line(error)}") from error
 
 
 def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> LanguageModel:
