@@ -16,7 +16,7 @@ needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As narrow as the kernels of a CPU allow."""
+    """Wide enough for blocks of 64 weights."""
     import transformers as hf
 
     torch.manual_seed(0)

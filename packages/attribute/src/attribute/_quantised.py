@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from attribute._errors import ModelError
 
@@ -35,3 +36,13 @@ def quantised_options(precision: str, device: torch.device) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half)
     )
     return {"quantization_config": config, "dtype": half, "device_map": {"": device}}
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let bitsandbytes not lay 4-bit weights out for a kernel of some CPUs that knows no backward pass.
+
+    It does so at the first forward pass in eval mode, and whatever came before such a layer would have no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attribute._errors import ModelError
 from attribute._fsdp import load_spread
-from attribute._quantised import QUANTISED, quantised_options
+from attribute._quantised import QUANTISED, keep_gradients, quantised_options
 from attribute.processes import pick_local
 from gradcore import (
     MATRICES,
@@ -204,6 +204,7 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
         )
     if not quantised:
         return LanguageModel.wrap(_moved(model, device), name)
+    keep_gradients(model)
     try:
         return LanguageModel.wrap(model, name)  # made where it is, and it cannot be moved
     except (AssertionError, RuntimeError) as error:  # bitsandbytes has no kernel for some shapes on some devices
