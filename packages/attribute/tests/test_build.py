@@ -96,6 +96,24 @@ def test_a_build_gives_a_sound_store_in_the_order_of_the_dataset(config, documen
     assert sorted(each.name for each in store.path.parent.iterdir()) == ["run"]  # no tokens left beside it
 
 
+def test_a_stream_gives_the_rows_of_the_file(config, tmp_path):
+    from datasets import IterableDataset
+
+    stores = [
+        build_index(tmp_path / str(streaming), replace(config, data=replace(config.data, streaming=streaming)))
+        for streaming in (False, True)
+    ]
+    stream = IterableDataset.from_generator(lambda: ({"text": stores[0].data(row)["text"]} for row in range(40)))
+    from attribute.model import load_model, load_tokenizer
+
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    stores.append(collect_gradients(model, stream, tmp_path / "own", tokenizer=tokenizer, config=config))
+    shards = [
+        {n: b for n, b in contents(Path(each.path)).items() if n.startswith(("shards", "data"))} for each in stores
+    ]
+    assert shards[0] == shards[1] == shards[2]
+
+
 def test_progress_counts_every_row_and_token(config, tmp_path):
     notes = Notes()
     store = build_index(tmp_path / "run", config, progress=notes)

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from attribute import IndexConfig, ModelError
 from attribute.curvature import Gram, Kronecker, load_curvature
+from attribute.model import model_of
 from attribute.processes import ALONE, Processes, current, joined
 from gradstore import GradientStore
 
@@ -40,7 +42,7 @@ plain = IndexConfig(model=given["gpt2"], projection_dim=4, rows_per_shard=4, tok
 whole = replace(plain, projection_dim=0)
 heads = replace(whole, model=given["llama"], modules=("*mlp.up_proj", "*norm", "lm_head"), projection_dim=3)
 
-def jobs(at):
+def jobs(at, world):
     yield lambda: build_index(at / "build", replace(plain, normalizer="adam"))
     yield lambda: build_index(at / "spectral", replace(plain, projection_dim=None, sketch_floats=32))
     yield lambda: build_index(at / "tokens", replace(plain, attribute_tokens=True, store_dtype="int8"))
@@ -51,6 +53,15 @@ def jobs(at):
     yield lambda: fit_preconditioners(at / "gram", plain)
     yield lambda: fit_hessian(at / "ekfac", heads, "ekfac")
     yield lambda: fit_hessian(at / "tkfac", replace(heads, data=replace(data, split="train[:2]")), "tkfac")
+    if world == 2:
+        spread = {"fsdp": True}
+        yield lambda: build_index(at / "fsdp", replace(plain, normalizer="adam", **spread))
+        yield lambda: build_index(at / "fsdp-spectral", replace(plain, projection_dim=None, sketch_floats=32, **spread))
+        by_kind, query = ReduceConfig("sum", group_column="kind"), ScoreConfig(str(root / "query"))
+        yield lambda: reduce_gradients(at / "fsdp-sum", by_kind, replace(whole, **spread))
+        yield lambda: score_dataset(at / "fsdp-score", query, replace(plain, projection_dim=None, **spread))
+        yield lambda: fit_hessian(at / "fsdp-ekfac", replace(heads, **spread), "ekfac")
+        yield lambda: fit_preconditioners(at / "fsdp-gram", replace(plain, **spread))
     yield lambda: trackstar(at / "trackstar", plain, replace(data, split="train[:5]"))
 
 def work(world, rank):
@@ -60,7 +71,7 @@ def work(world, rank):
     else:
         os.environ["TRACE_RENDEZVOUS"] = f"file://{root}/meet{world}"
     with joined():
-        for job in jobs(root / str(world)):
+        for job in jobs(root / str(world), world):
             job()
 
 def fork(world, rank):
@@ -162,6 +173,35 @@ def factor(module: Any, side: str) -> torch.Tensor:
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("store", ["build", "spectral", "score"])
+def test_a_model_spread_over_processes_gives_the_same_rows(runs, store):
+    name = {"build": "fsdp"}.get(store, f"fsdp-{store}")
+    one, many = contents(runs / "1" / store), contents(runs / "2" / name)
+    assert one.keys() == many.keys()
+    # The manifest says --fsdp, and the journal is sealed by it.
+    assert [name for name in one if one[name] != many[name]] == ["manifest.json"]
+
+
+def test_a_model_spread_over_processes_gives_the_same_sums_and_curvature(runs):
+    sums = [GradientStore.open(runs / where).block(0, 2) for where in ("1/sum", "2/fsdp-sum")]
+    np.testing.assert_allclose(*sums, rtol=1e-6, atol=1e-9)
+    one, many = (load_curvature(runs / where) for where in ("1/gram", "2/fsdp-gram"))
+    assert isinstance(one, Gram)
+    assert isinstance(many, Gram)
+    for name in one.values:
+        close(many.moment(name), one.moment(name))
+    factors = [load_curvature(runs / where) for where in ("1/ekfac", "2/fsdp-ekfac")]
+    assert "lm_head" in factors[0].modules
+    for name, expected in factors[0].modules.items():
+        if expected.corrected is not None:
+            close(factors[1].modules[name].corrected, expected.corrected)
+
+
+def test_one_process_has_nobody_to_spread_a_model_over(folders):
+    with pytest.raises(ModelError, match="several processes: --nproc-per-node"):
+        model_of(IndexConfig(model=str(folders["gpt2"]), fsdp=True))
 
 
 def test_nothing_is_left_beside_the_runs(runs):

@@ -13,7 +13,7 @@ import pytest
 
 from attribute import DataConfig, DataError
 from attribute.data import Source, open_source
-from attribute.data.sources import parse_arguments
+from attribute.data.sources import of_dataset, parse_arguments
 
 RECORDS = [{"text": f'row {number}, "quoted"\nsecond line', "topic": number % 3} for number in range(25)]
 
@@ -93,6 +93,48 @@ def test_every_kind_gives_the_same_records_as_often_as_asked(kind, tmp_path):
 )
 def test_a_split_takes_the_rows_a_python_slice_would(kind, split, part, tmp_path):
     assert records_of(open_source(DataConfig(dataset=str(kind(tmp_path)), split=split))) == RECORDS[part]
+
+
+@pytest.mark.parametrize("make", KINDS[:-2], ids=lambda kind: kind.__name__)
+def test_a_stream_gives_the_same_records_as_often_as_asked(make, tmp_path):
+    source = open_source(DataConfig(dataset=str(make(tmp_path)), streaming=True))
+    assert (source.columns, source.length) == (("text", "topic"), None)
+    assert records_of(source) == records_of(source) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("split", "part"), [("train[:7]", slice(7)), ("train[3:9]", slice(3, 9)), ("train[20:]", slice(20, None))]
+)
+def test_a_stream_counts_rows_from_its_start(split, part, tmp_path):
+    source = open_source(DataConfig(dataset=str(json_lines(tmp_path)), split=split, streaming=True))
+    assert records_of(source) == RECORDS[part]
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (json_lines, {"split": "train[:10%]"}, "no length to take"),
+        (json_lines, {"split": "train[30:]"}, "has no rows"),
+        (on_disk, {}, "leave --streaming away"),
+        (lambda _: "./nowhere.jsonl", {}, "no file or folder"),
+        (json_lines, {"data_args": "colour=red"}, "cannot be streamed"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_says_why(make, changes, said, tmp_path):
+    with pytest.raises(DataError, match=said):
+        open_source(DataConfig(dataset=str(make(tmp_path)), streaming=True, **changes))
+
+
+def test_a_stream_that_breaks_off_says_so(tmp_path):
+    records = [{"text": "a"}, {"text": "b"}]
+
+    def broken():
+        yield from records * 600
+        raise OSError("the line is dead")
+
+    source = of_dataset("odd", datasets.IterableDataset.from_generator(broken))
+    with pytest.raises(DataError, match=r"the stream of odd broke off: .*the line is dead"):
+        records_of(source)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_version_is_printed(trace):
         (["nonsense"], "No such command 'nonsense'"),
         (["build", "x", "--modle", "m"], "--model"),
         (["build"], "Missing argument 'RUN_PATH'"),
-        (["build", "x", "--precision", "fp99"], "'fp99' is not one of 'fp32', 'bf16', 'fp16', 'auto'"),
+        (["build", "x", "--precision", "fp99"], "'fp99' is not one of 'fp32', 'bf16', 'fp16', 'int8', 'int4', 'auto'"),
         (["build", "x", "--projection-dim", "many"], "'many' is not a valid integer"),
         (["query"], "Missing option '--index'"),
         (["store", "inof"], "No such command 'inof'"),

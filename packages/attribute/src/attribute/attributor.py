@@ -210,9 +210,17 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 
 def require_same_weights(
-    plan: CapturePlan, module: nn.Module, index: str, outside: Mapping[str, nn.Module] | None = None
+    plan: CapturePlan,
+    module: nn.Module,
+    index: str,
+    outside: Mapping[str, nn.Module] | None = None,
+    *,
+    fingerprint: str = "",
 ) -> None:
-    """Raise :class:`RunError` unless the weights of base and output embedding are those the plan was made for."""
+    """Raise :class:`RunError` unless the weights of base and output embedding are those the plan was made for.
+
+    Give the ``fingerprint`` where it is known, as of a model whose whole weights are nowhere.
+    """
     names = {*dict(module.named_modules()), *(outside or {})}
     uses = (path for planned in plan.modules for path in (planned.path, *planned.tied))
     absent = next((path for path in uses if path not in names), None)
@@ -221,7 +229,7 @@ def require_same_weights(
             f"{index} was made from another model: this one has no module {absent!r} (where that is the output "
             "embedding, pass the whole model, not its base)"
         )
-    if plan.model and plan.model != model_fingerprint(module):
+    if plan.model and plan.model != (fingerprint or model_fingerprint(module)):
         raise RunError(
             f"{index} was made from other weights than these: gradients of different models do not compare. "
             "Use the model named in its configuration, or build an index for this one"

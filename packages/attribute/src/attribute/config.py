@@ -21,8 +21,8 @@ from gradcore import (
     normalizer_kinds,
 )
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BUDGETS = ("equal", "shape", "energy")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 SKETCHES = ("spectral", "tensor", "two-sided", "dense", "sparse", "global")
 _PATTERNS = ("modules", "exclude", "split_attention_modules")
 STORE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "int1")
@@ -47,6 +47,7 @@ class DataConfig:
         advantage_column: the weights themselves.
         skip_nan_rewards: rows whose reward is NaN count for nothing, instead of being refused.
         data_args: ``"name=value,name=value"`` for the dataset loader.
+        streaming: read rows as they come, once and in order, instead of having the whole dataset on this machine first.
     """
 
     dataset: str = ""
@@ -62,6 +63,7 @@ class DataConfig:
     advantage_column: str = ""
     skip_nan_rewards: bool = False
     data_args: str = ""
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.truncation and self.chunk_length:
@@ -88,8 +90,9 @@ class IndexConfig:
         model: a local folder or hub id.
         revision: branch, tag or commit of a hub model.
         tokenizer: another tokenizer than the model's.
-        precision: dtype the model runs in.
+        precision: dtype the model runs in; ``int8`` and ``int4`` quantise its weights (bitsandbytes).
         device: ``"auto"`` takes a GPU where there is one.
+        fsdp: spread the model's blocks over the processes of the run, for models that do not fit one device.
         modules: glob or ``re:`` patterns of the modules to capture, relative to the base model. By default every linear
             layer; ``"*"`` also takes embeddings, norms and convolutions, which make similarity more lexical.
         exclude: patterns of modules to leave out.
@@ -126,6 +129,7 @@ class IndexConfig:
     tokenizer: str = ""
     precision: str = "fp32"
     device: str = "auto"
+    fsdp: bool = False
     modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     include_bias: bool = False
@@ -152,6 +156,8 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         _require("precision", self.precision, PRECISIONS)
+        if self.fsdp and self.precision in ("int8", "int4"):
+            raise AttributionError(f"--fsdp spreads floats: take --precision bf16, or {self.precision} without --fsdp")
         _require("store-dtype", self.store_dtype, STORE_DTYPES)
         if self.sketch_kind:
             _require("sketch", self.sketch_kind, SKETCHES)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attribute._errors import ModelError
+from attribute._fsdp import load_spread
+from attribute._quantised import QUANTISED, keep_gradients, quantised_options
 from attribute.processes import pick_local
 from gradcore import (
     MATRICES,
@@ -45,6 +47,7 @@ class LanguageModel:
             base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
         reference: what the loss ``kl`` compares with; by default the model with its adapters switched off.
         sharded: whether its parameters are spread over the processes of a run (``--fsdp``).
+        known: fingerprints of base and output embedding, where the whole weights are not there to take them of.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LanguageModel:
     fused: bool
     reference: LanguageModel | None = None
     sharded: bool = False
+    known: tuple[str, str] = ("", "")
 
     @classmethod
     def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
@@ -102,11 +106,11 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Fingerprint of the weights of the base model, whose modules are captured."""
-        return model_fingerprint(self.base)
+        return self.known[0] or model_fingerprint(self.base)
 
     def head_fingerprint(self) -> str:
         """Fingerprint of the output embedding, which shapes every gradient below it."""
-        return model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
+        return self.known[1] or model_fingerprint(self.model.get_output_embeddings())  # type: ignore[operator]
 
     def _heads(self, patterns: Sequence[str]) -> dict[str, AttentionConfig]:
         if not patterns:
@@ -175,7 +179,7 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
     """Load a causal language model from a folder or the hub.
 
     Raises:
-        ModelError: nothing there, no causal language model, or weights that are not finite.
+        ModelError: nothing there, no causal language model, weights that are not finite, or no means to quantise them.
     """
     _require_model_name(name)
     from safetensors import SafetensorError
@@ -183,19 +187,29 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    quantised = precision in QUANTISED
+    options = quantised_options(precision, pick_device(device)) if quantised else {"dtype": _DTYPES[precision]}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=_DTYPES[precision], revision=revision or "main", output_loading_info=True
+            name, revision=revision or "main", output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        wanted = f" in {precision}" if quantised else ""
+        raise ModelError(f"the model {name!r} cannot be loaded{wanted}: {_first_line(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
-    return LanguageModel.wrap(_moved(model, device), name)
+    if not quantised:
+        return LanguageModel.wrap(_moved(model, device), name)
+    keep_gradients(model)
+    try:
+        return LanguageModel.wrap(model, name)  # made where it is, and it cannot be moved
+    except (AssertionError, RuntimeError) as error:  # bitsandbytes has no kernel for some shapes on some devices
+        where = model.device.type
+        raise ModelError(f"the model {name!r} does not run in {precision} on {where}: {_first_line(error)}") from error
 
 
 def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> LanguageModel:
@@ -203,7 +217,13 @@ def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> Langua
     device = device or config.device
 
     def load(which: str, revision: str) -> LanguageModel:
-        return load_model(which, precision=config.precision, device=device, revision=revision)
+        if not config.fsdp:
+            return load_model(which, precision=config.precision, device=device, revision=revision)
+
+        def whole() -> LanguageModel:
+            return load_model(which, precision=config.precision, device="cpu", revision=revision)
+
+        return load_spread(whole, pick_device(device))
 
     model = load(name or config.model, config.revision)
     if not config.reference_model:

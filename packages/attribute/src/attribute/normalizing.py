@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,9 @@ def save_normalizer(path: Path, normalizer: Normalizer | None) -> None:
     if normalizer is not None:
         path.mkdir(parents=True, exist_ok=True)
         aside = path / f"{NORMALIZER}.tmp"
-        save_file(normalizer.tensors(), aside, metadata={"kind": normalizer.kind, "digest": normalizer.digest})
+        # One entry: safetensors writes several in any order, and a run's bytes are to be the same every time.
+        about = json.dumps({"kind": normalizer.kind, "digest": normalizer.digest})
+        save_file(normalizer.tensors(), aside, metadata={"normalizer": about})
         os.replace(aside, path / NORMALIZER)
 
 
@@ -194,7 +197,7 @@ def load_normalizer(path: Path) -> Normalizer | None:
         return None
     try:
         with safe_open(file, "pt") as stream:
-            about = stream.metadata() or {}
+            about = json.loads((stream.metadata() or {})["normalizer"])
             found = Normalizer.from_tensors(about["kind"], load_file(file))
     except (SafetensorError, GradCoreError, KeyError) as error:
         raise RunError(f"{file} is not a normaliser: {error}") from error

@@ -29,10 +29,12 @@ _PROVENANCE = {
     "tokenizer",
     "revision",
     "device",
+    "fsdp",
     "dataset",
     "subset",
     "split",
     "data_args",
+    "streaming",
 }
 
 
@@ -83,7 +85,11 @@ def require_same_inputs(path: Path, config: IndexConfig, *, weights: str, tokens
     """Raise :class:`RunError` where the model's weights or the tokens are not those a run was begun with."""
     plan = GradientStore.open(path, partial=True).plan
     saved, now = _flat(_config_of(path)), _flat(config.to_dict())
-    moved = [f"{_option(name)} was {saved[name]!r}" for name in now if name in _PROVENANCE and saved[name] != now[name]]
+    moved = [
+        f"{_option(name)} was {saved[name]!r}"
+        for name in now
+        if name in _PROVENANCE and saved.get(name, now[name]) != now[name]
+    ]
     hint = f" ({', '.join(moved)})" if moved else ""
     for what, before, found in (("weights", plan["capture"]["model"], weights), ("tokens", plan["tokens"], tokens)):
         if before != found:

@@ -41,6 +41,7 @@ data_options = _stack(
     click.option("--advantage-column", default="", help="Weight losses by this column."),
     click.option("--skip-nan-rewards", is_flag=True, help="Leave rows with a NaN reward out instead of refusing them."),
     click.option("--data-args", default="", metavar="A=1,B=X", help="Arguments for the dataset loader."),
+    click.option("--streaming", is_flag=True, help="Read rows as they come, instead of downloading the dataset first."),
 )
 
 model_options = _stack(
@@ -49,10 +50,10 @@ model_options = _stack(
     click.option("--tokenizer", default="", help="Another tokenizer than the model's own."),
     click.option(
         "--precision",
-        type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
+        type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4", "auto"]),
         default="fp32",
         show_default=True,
-        help="Dtype the model runs in.",
+        help="Dtype the model runs in; int8 and int4 quantise its weights (bitsandbytes).",
     ),
     click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."
@@ -121,6 +122,7 @@ def grouped_data_options(group: str, about: str) -> Callable[[F], F]:
         option("advantage-column", default="", help=f"{about}: weight losses by this column."),
         option("skip-nan-rewards", is_flag=True, help=f"{about}: leave rows with a NaN reward out."),
         option("data-args", default="", metavar="A=1,B=X", help=f"{about}: arguments for the dataset loader."),
+        option("streaming", is_flag=True, help=f"{about}: read rows as they come."),
     )
 
 

@@ -27,6 +27,7 @@ def in_processes(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--nnodes", default=1, show_default=True, help="Machines; start the same command on each.")
     @click.option("--node-rank", default=0, show_default=True, help="Which of them this is.")
     @click.option("--master-address", default="", metavar="HOST:PORT", help="Of machine 0, where there are several.")
+    @click.option("--fsdp", is_flag=True, help="Spread the model over the processes, where it is too large for one.")
     @functools.wraps(function)
     def command(
         *arguments: Any, nproc_per_node: str, nnodes: int, node_rank: int, master_address: str, **options: Any
@@ -45,11 +46,11 @@ def in_processes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _count(text: str) -> int:
     if text == "gpu":
-        import torch
+        from attribute.processes import gpus
 
-        if not torch.cuda.is_available():
+        if not gpus():
             raise click.UsageError("--nproc-per-node gpu: there is no GPU here; say how many processes")
-        return torch.cuda.device_count()
+        return gpus()
     if not text.isdigit():
         raise click.UsageError(f"--nproc-per-node is a number or gpu, not {text!r}")
     return int(text)

@@ -15,7 +15,6 @@ REASONS = {
     "drop-columns": "an index always keeps the columns of its rows, to show them",
     "filter-modules": "--modules and --exclude take globs, or re:REGEX",
     "force-math-sdp": "the attention kernel changes no gradient beyond rounding",
-    "fsdp": "every process has the whole model so far",
     "model-kwargs": "--precision, --revision and --device say how a model is loaded",
     "peft-init-kwargs": "--model takes the folder of an adapter",
     "profile": "a profiler wraps the whole program: py-spy record -- trace …",

@@ -27,11 +27,12 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset opened for reading: its columns, its length, and its records in order, as often as asked."""
+    """A dataset opened for reading: its columns, its length (``None``: a stream's), and its records in order, as often
+    as asked."""
 
     name: str
     columns: tuple[str, ...]
-    length: int
+    length: int | None
     batches: Callable[[], Iterator[list[dict[str, Any]]]]
 
     def require(self, *columns: str) -> None:
@@ -54,13 +55,17 @@ def open_source(config: DataConfig) -> Source:
     """
     arguments = parse_arguments(config.data_args)
     path = Path(config.dataset).expanduser()
+    if config.streaming:
+        from attribute.data.streams import open_stream
+
+        return open_stream(config, arguments)
     if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
         source = _from_disk(path, config)
     elif path.is_dir():
-        source = _from_files(_of_split(_files_in(path), config), config, arguments)
+        source = _from_files(of_split(files_in(path), config), config, arguments)
     elif path.is_file():
-        source = _from_files(_of_split([path], config), config, arguments)
-    elif _looks_like_path(config.dataset):
+        source = _from_files(of_split([path], config), config, arguments)
+    elif looks_like_path(config.dataset):
         raise DataError(f"there is no file or folder {config.dataset!r}")
     else:
         source = _from_hub(config, arguments)
@@ -97,18 +102,20 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be one of the hub's."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_SUFFIXES)
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
+    """The files of the first readable kind that a folder has any of."""
     for suffix in _SUFFIXES:
         if found := sorted(folder.glob(f"*{suffix}")):
             return found
     raise DataError(f"the folder {folder} holds none of {', '.join('*' + each for each in _SUFFIXES)}")
 
 
-def _of_split(files: list[Path], config: DataConfig) -> list[Path]:
+def of_split(files: list[Path], config: DataConfig) -> list[Path]:
     """The files whose names speak of the split (``train.jsonl``, ``test-00000-of-00002.parquet``).
 
     Where no name speaks of any split, and for a file given by itself, all is ``train``.
@@ -215,7 +222,7 @@ def _from_disk(path: Path, config: DataConfig) -> Source:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises a dozen unrelated types here
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     name = config.split.partition("[")[0]
     if isinstance(loaded, datasets.DatasetDict):
         if name not in loaded:
@@ -233,13 +240,17 @@ def _from_hub(config: DataConfig, arguments: dict[str, Any]) -> Source:
     except Exception as error:  # datasets raises a dozen unrelated types here
         raise DataError(
             f"the dataset {config.dataset!r} is neither a local file or folder nor one that the hub gave: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return of_dataset(config.dataset, loaded)
 
 
 def of_dataset(name: str, dataset: Any) -> Source:
-    """A source over a ``datasets.Dataset``."""
+    """A source over a ``datasets.Dataset``, or over a stream of one."""
+    if not hasattr(dataset, "__len__"):
+        from attribute.data.streams import of_stream
+
+        return of_stream(name, dataset)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
@@ -248,5 +259,6 @@ def of_dataset(name: str, dataset: Any) -> Source:
     return Source(name, tuple(dataset.column_names), len(dataset), batches)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a message of many lines begins with."""
     return str(error).partition("\n")[0]

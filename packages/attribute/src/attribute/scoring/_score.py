@@ -167,6 +167,7 @@ def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
         tokenizer=config.tokenizer or (made.tokenizer if not config.model else ""),
         precision=config.precision,
         device=config.device,
+        fsdp=config.fsdp,
         token_batch_size=config.token_batch_size,
         rows_per_shard=config.rows_per_shard,
         data=config.data,
@@ -174,7 +175,8 @@ def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
 
 
 def _require_same_model(queries: Queries, model: LanguageModel, path: str) -> None:
-    require_same_weights(queries.plan, model.base, path, model.outside)
+    weights = model.known[0]
+    require_same_weights(queries.plan, model.base, path, model.outside, fingerprint=weights)
     if queries.store.plan["head"] != model.head_fingerprint():
         raise RunError(f"{path} was made with another output embedding than {model.name!r} has: its gradients differ")
 
