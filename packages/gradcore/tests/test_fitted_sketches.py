@@ -29,9 +29,12 @@ def rank_one_sums(out, into, examples=4, positions=6):
 
 
 @pytest.mark.parametrize(
-    ("out", "into", "floats"), [(7, 5, 16), (40, 30, 16), (16, 100, 16), (16, 16, 16), (3, 50, 64)]
+    ("out", "into", "floats"),
+    [(7, 5, 16), (40, 30, 16), (16, 100, 16), (16, 16, 16), (3, 50, 64), (6, 40, 17), (9, 5, 33)],
 )
-def test_a_tensor_sketch_is_a_count_sketch_of_the_whole_gradient(out, into, floats):
+@pytest.mark.parametrize("products", [True, False])
+def test_a_tensor_sketch_is_a_count_sketch_of_the_whole_gradient(out, into, floats, products, monkeypatch):
+    monkeypatch.setattr("gradcore.sketches.tensor._product_is_cheaper", lambda *_: products)
     bound = TensorSketch(floats, seed=3).bind("m", out, into, CPU)
     left, right = bound._left, bound._right
     g, x = rank_one_sums(out, into)
@@ -41,7 +44,9 @@ def test_a_tensor_sketch_is_a_count_sketch_of_the_whole_gradient(out, into, floa
     assert_close(bound.combine(bound.project_out(g), bound.project_in(x)), want, rtol=1e-5, atol=2e-5)
 
 
-def test_blocks_of_positions_change_nothing(monkeypatch):
+@pytest.mark.parametrize("products", [True, False])
+def test_blocks_of_positions_change_nothing(products, monkeypatch):
+    monkeypatch.setattr("gradcore.sketches.tensor._product_is_cheaper", lambda *_: products)
     bound = TensorSketch(16).bind("m", 20, 12, CPU)
     g, x = rank_one_sums(20, 12, examples=5, positions=11)
     kept = bound.project_out(g), bound.project_in(x)
@@ -49,6 +54,15 @@ def test_blocks_of_positions_change_nothing(monkeypatch):
     for floats in (16, 16 * 4, 16 * 25):
         monkeypatch.setattr("gradcore.sketches.tensor.BLOCK_FLOATS", floats)
         assert_close(bound.combine(*kept), want, rtol=1e-5, atol=1e-5)
+
+
+def test_many_positions_of_narrow_layers_are_multiplied_and_few_of_wide_ones_transformed():
+    from gradcore.sketches.tensor import _product_is_cheaper
+
+    assert _product_is_cheaper(512, 64, 172, 256)
+    assert _product_is_cheaper(512, 128, 384, 1024)
+    assert not _product_is_cheaper(512, 1024, 1024, 1024)
+    assert not _product_is_cheaper(4, 64, 64, 256)
 
 
 def test_inner_products_of_tensor_sketches_are_unbiased():

@@ -3,12 +3,14 @@
     sketch(Σ_s g_s x_sᵀ) = F⁻¹ Σ_s F(C₁ g_s) ⊙ F(C₂ x_s)
 
 is a count sketch of the whole gradient whose hash is the sum of two: unbiased, one float per place instead of a square,
-and the gradient is never formed. For a rank-1 gradient ‖sketch‖² has relative noise about √(6/floats), 0.155 at 256;
+and the gradient is never formed. Where factors are narrow and positions many, Σ_s C₁g_s (C₂x_s)ᵀ, at most as large as
+the square of the floats, is cheaper than a transform a position: its skewed columns are summed instead. For a rank-1 gradient ‖sketch‖² has relative noise about √(6/floats), 0.155 at 256;
 the two-sided sketch has √((1 + 2/16)² − 1) = 0.515 at as many floats.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,10 +103,38 @@ class _BoundTensor(BoundSketch):
         return self._right.folded(factor)
 
     def combine(self, out_factor: Factor, in_factor: Factor) -> Tensor:
-        width = self._left.width
-        n, s = _positions(out_factor)
         sides = (self._left, out_factor), (self._right, in_factor)
         wide, narrow = sides if self._left.stride == 1 else reversed(sides)
+        n, s = _positions(out_factor)
+        if isinstance(wide[1], Tensor) and isinstance(narrow[1], Tensor):
+            rows, columns = narrow[1].shape[-1], wide[1].shape[-1]
+            if _product_is_cheaper(s, rows, columns, self._left.width):
+                return self._of_products(wide[1], narrow[1], narrow[0].stride)
+        return self._of_spectra(wide, narrow, n, s)
+
+    def _of_products(self, wide: Tensor, narrow: Tensor, stride: int) -> Tensor:
+        """Place k is the sum of the entries (i, j) of Σ_s narrow_s wide_sᵀ with stride · i + j ≡ k.
+
+        Row i of a matrix whose rows are ``width + stride`` long, read in rows of ``width``, stands stride · i further to
+        the right: the sums are those of columns.
+        """
+        width = self._left.width
+        n, rows, columns = len(wide), narrow.shape[-1], wide.shape[-1]
+        lines = -(-rows * (width + stride) // width)
+        out = wide.new_empty(n, width, dtype=torch.float32)
+        step = max(1, BLOCK_FLOATS // (lines * width))
+        held = out.new_zeros(min(step, n), lines * width)
+        for first in range(0, n, step):
+            some = slice(first, first + step)
+            product = narrow[some].float().mT @ wide[some].float()
+            held.as_strided((len(product), rows, columns), (lines * width, width + stride, 1)).copy_(product)
+            torch.sum(held[: len(product)].unflatten(1, (lines, width)), 1, out=out[some])
+        return out
+
+    def _of_spectra(
+        self, wide: tuple[CountSketch, Factor], narrow: tuple[CountSketch, Factor], n: int, s: int
+    ) -> Tensor:
+        width = self._left.width
         step = max(1, BLOCK_FLOATS // width)
         rows = max(1, step // max(s, 1))
         parts: list[Tensor] = []
@@ -144,6 +174,13 @@ class _BoundVector(BoundSketch):
     def vector(self, gradient: Tensor) -> Tensor:
         spread = self._sketch.spread(self._sketch.folded(gradient.flatten(1).float()))
         return torch.nn.functional.pad(spread, (0, self._sketch.width - spread.shape[1]))
+
+
+def _product_is_cheaper(positions: int, rows: int, columns: int, width: int) -> bool:
+    """Measured on a core: a multiplication takes .035 ns, an entry laid out and summed 1.8, a position's transforms .5
+    times m log₂ m."""
+    product = 0.035 * positions * rows * columns + 1.8 * rows * width
+    return product < 0.5 * positions * width * math.log2(width)
 
 
 def _positions(factor: Factor) -> tuple[int, int]:
