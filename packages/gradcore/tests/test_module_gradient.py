@@ -10,7 +10,17 @@ from gradcore_models import Reused, TinyLM
 from gradcore_reference import relative
 from torch import nn
 
-from gradcore import CaptureError, CapturePlan, GradCoreError, GradientCollector, ModuleGradient, TensorSketch, TwoSided
+from gradcore import (
+    CaptureError,
+    CapturePlan,
+    GradCoreError,
+    GradientCollector,
+    Identity,
+    ModuleGradient,
+    SparseJL,
+    TensorSketch,
+    TwoSided,
+)
 from gradcore import _module_gradient as module_gradient
 from gradcore._factors import OneHot
 
@@ -75,6 +85,23 @@ def test_parts_are_joined_by_call_and_by_block(make):
         dots, squares = joined.dot_and_sq_norm(matrices[:count])
         torch.testing.assert_close(dots, whole.flatten(1) @ matrices[:count].flatten(1).T)
         torch.testing.assert_close(squares, whole.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize("sketch", [TwoSided(3), TensorSketch(12), SparseJL(16), Identity()], ids=lambda s: s.kind)
+def test_a_sketch_of_factors_is_what_a_collector_stores(sketch):
+    torch.manual_seed(0)
+    model, ids = TinyLM(), torch.randint(0, 23, (4, 6))
+    plan = CapturePlan.for_model(model, sketch=sketch, include_bias=True)
+    with GradientCollector(model, plan) as collector:
+        run(model, ids)
+    stored, found = collector.gradients, {}
+    with GradientCollector(model, replace(plan, sketch=Identity()), factors=lambda g: found.update({g.name: g})):
+        run(model, ids)
+    for name, expected in stored.items():
+        assert relative(found[name].sketch(sketch), expected.flatten(1)) < 1e-5, name
+        shape = found[name].shape
+        bound = sketch.bind(name, *shape, ids.device, found[name].into is None)
+        assert torch.equal(found[name].sketch(bound), found[name].sketch(sketch))
 
 
 def test_both_routes_are_taken_where_they_are_cheaper(monkeypatch):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcore._errors import GradCoreError
 from gradcore._factors import Factor, OneHot
+from gradcore.sketches._protocol import BoundSketch, Sketch
 
 FORMED_FLOATS = 1 << 22
 """Floats of gradients or of ghost products that exist at once."""
@@ -129,6 +130,26 @@ class ModuleGradient:
         if self._ghost_is_cheaper(self.positions, pairs=1, formed=1):
             return torch.cat([_ghost(part, part, aligned=True) for part in self._split(self.positions**2)])
         return torch.cat([block.square().sum((1, 2)) for _, block in self.blocks()])
+
+    def sketch(self, sketch: Sketch | BoundSketch) -> Tensor:
+        """What a sketch keeps of each gradient, ``[n, floats]`` in float32; gradients are not formed for those that
+        need not.
+
+        >>> import torch
+        >>> from gradcore import TensorSketch
+        >>> ModuleGradient("layer", torch.ones(2, 3, 8), torch.ones(2, 3, 4)).sketch(TensorSketch(16)).shape
+        torch.Size([2, 16])
+
+        Args:
+            sketch: bound for this call alone; or bound before, to this module's name and shape, for many calls.
+        """
+        if not isinstance(sketch, BoundSketch):
+            out, into = self.shape
+            device = (self.vectors[0] if self.into is None else self.into).device
+            sketch = sketch.bind(self.name, out, into, device, self.into is None)
+        if self.out is None or self.into is None:
+            return sketch.vector(self.dense()).flatten(1).float()
+        return sketch.combine(sketch.project_out(self.out), sketch.project_in(self.into)).flatten(1).float()
 
     def dot(self, other: ModuleGradient | Tensor) -> Tensor:
         """Inner products ``[n, m]`` with other gradients of this module, or with matrices ``[m, out, in]``.

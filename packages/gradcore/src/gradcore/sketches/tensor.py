@@ -4,8 +4,10 @@
 
 is a count sketch of the whole gradient whose hash is the sum of two: unbiased, one float per place instead of a square,
 and the gradient is never formed. Where factors are narrow and positions many, Σ_s C₁g_s (C₂x_s)ᵀ, at most as large as
-the square of the floats, is cheaper than a transform a position: its skewed columns are summed instead. For a rank-1 gradient ‖sketch‖² has relative noise about √(6/floats), 0.155 at 256;
-the two-sided sketch has √((1 + 2/16)² − 1) = 0.515 at as many floats.
+the square of the floats, is cheaper than a transform a position: its skewed columns are summed instead.
+
+For a rank-1 gradient ‖sketch‖² has relative noise about √(6/floats), 0.155 at 256; the two-sided sketch has
+√((1 + 2/16)² − 1) = 0.515 at as many floats.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ class _BoundTensor(BoundSketch):
     def _of_products(self, wide: Tensor, narrow: Tensor, stride: int) -> Tensor:
         """Place k is the sum of the entries (i, j) of Σ_s narrow_s wide_sᵀ with stride · i + j ≡ k.
 
-        Row i of a matrix whose rows are ``width + stride`` long, read in rows of ``width``, stands stride · i further to
-        the right: the sums are those of columns.
+        Row i of a matrix whose rows are ``width + stride`` long, read in rows of ``width``, stands stride · i further
+        to the right: the sums are those of columns.
         """
         width = self._left.width
         n, rows, columns = len(wide), narrow.shape[-1], wide.shape[-1]
