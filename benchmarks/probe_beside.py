@@ -139,7 +139,7 @@ def counterfactual(study: Study) -> dict:
     return found
 
 
-def interchange(study: Study, epochs: int = 80) -> dict:
+def interchange(study: Study, epochs: int = 40) -> dict:
     """Interchange accuracy of a learnt subspace of each update, on pairs of test rows."""
     found, task = {}, study.task
     draw = torch.Generator().manual_seed(0)
