@@ -64,7 +64,9 @@ class Study:
         kind = "resid" if key.startswith("resid") else key.partition("_")[0]
         resid = ResidualUpdateModelConfig("gpt", [0], **{kind: True})
         reader = CircuitProbe(CircuitProbeConfig(key, CircuitConfig(), resid), self.model)
-        return evaluate.probed_vectors(reader, self.data("a^2", rows))
+        found = evaluate.probed_vectors(reader, self.data("a^2", rows))
+        reader.close()
+        return found
 
     def answer(self, rows: Tensor, variable: str, value: Tensor) -> Tensor:
         """The right answers if a variable had other values: a² + (−b²) = (a + b)(a − b)."""
@@ -166,7 +168,7 @@ def transfer(study: Study, lr: float, epochs: dict[str, int]) -> dict:
     )
     for variable, most in epochs.items():
         task, reached = replace(study.task, answers=study.task.variables[variable]), []
-        for start in (copy.deepcopy(study.model), None):
+        for start in (copy.deepcopy(study.model).requires_grad_(), None):
             curve: list[float] = []
 
             def after(epoch: int, model: GPT2LMHeadModel, task=task, curve=curve) -> bool:
@@ -192,6 +194,7 @@ def curve(study: Study, targets: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 0
         )
         fit(probe, train, TrainPlan(epochs=60, lr=3e-3, target_sparsity=target))
         knn, masks = evaluate.evaluate_knn(probe, train, test), probe.circuit.masks()
+        probe.close()
         without = modular.correct(evaluate.Ablated(study.model, masks), rows, rows.test).mean().item()
         found.append({"pruned": target, "kept": masks.share, "knn": knn.circuit.mean, "ablated": without})
         print(f"{target:6.2f} {masks.share:6.2f} {knn.circuit!s:>22} {without:14.3f}")
