@@ -174,6 +174,11 @@ def joined() -> Iterator[Processes]:
         raise
 
 
+def gpus() -> int:
+    """How many GPUs this machine has."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def pick_local(kind: str = "cuda") -> torch.device:
     """This process's own device of a kind: processes of a machine share its GPUs out."""
     if kind != "cuda":

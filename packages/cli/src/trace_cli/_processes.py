@@ -46,11 +46,11 @@ def in_processes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _count(text: str) -> int:
     if text == "gpu":
-        import torch
+        from attribute.processes import gpus
 
-        if not torch.cuda.is_available():
+        if not (found := gpus()):
             raise click.UsageError("--nproc-per-node gpu: there is no GPU here; say how many processes")
-        return torch.cuda.device_count()
+        return found
     if not text.isdigit():
         raise click.UsageError(f"--nproc-per-node is a number or gpu, not {text!r}")
     return int(text)
