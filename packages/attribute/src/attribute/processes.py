@@ -175,7 +175,7 @@ def joined() -> Iterator[Processes]:
 
 
 def gpus() -> int:
-    """How many this machine has."""
+    """How many GPUs this machine has."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

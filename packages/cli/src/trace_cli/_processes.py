@@ -48,9 +48,9 @@ def _count(text: str) -> int:
     if text == "gpu":
         from attribute.processes import gpus
 
-        if not gpus():
+        if not (found := gpus()):
             raise click.UsageError("--nproc-per-node gpu: there is no GPU here; say how many processes")
-        return gpus()
+        return found
     if not text.isdigit():
         raise click.UsageError(f"--nproc-per-node is a number or gpu, not {text!r}")
     return int(text)
