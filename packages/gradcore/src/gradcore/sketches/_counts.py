@@ -50,13 +50,14 @@ class CountSketch:
             return factor
         if self._order is not None:
             factor = _columns(factor, self._order)
-        signed = factor * self._ordered_signs.to(factor.dtype)
+        signs = self._ordered_signs.to(factor.dtype)
         if self.features <= self.width:
-            return signed
-        total = signed[..., : self.width].to(torch.float32, copy=True)  # several terms meet
-        for start in range(self.width, self.features, self.width):
-            part = signed[..., start : start + self.width]
-            total[..., : part.shape[-1]] += part
+            return factor * signs
+        width = self.width
+        total = (factor[..., :width] * signs[:width]).float()  # several terms meet
+        for start in range(width, self.features, width):
+            part = factor[..., start : start + width]
+            total[..., : part.shape[-1]].addcmul_(part, signs[start : start + width])
         return total
 
     def spread(self, folded: Factor) -> Tensor:
