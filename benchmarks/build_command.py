@@ -23,6 +23,7 @@ from pathlib import Path
 from _setup import assets
 from _shapes import SHAPES, TRAINED, model_of, texts_of, tokenizer_file
 
+CONTEXT = {"gpt2-shakespeare": 64, "llama-stories260k": 512}
 _MEASURE = """
 import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -65,6 +66,8 @@ def main() -> None:
                 for size in sizes:
                     run = str(folder / f"{program}-{size}-{repeat}")
                     data = ["--dataset", str(folder / f"{size}.jsonl"), "--truncation", "--projection_dim", "16"]
+                    if program == "bergson":  # which refuses budgets above the context
+                        data += ["--token_batch_size", str(min(2048, CONTEXT.get(options.shape, 1024)))]
                     measured = measure([path, "build", run, "--model", str(folder / "model"), *data])
                     found.setdefault((program, size), []).append(measured)
                     shutil.rmtree(run, ignore_errors=True)
@@ -109,7 +112,7 @@ def _texts(options: argparse.Namespace) -> tuple[list[str], list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(tokenizer_file(options.shape))
-    length = min(options.length, {"gpt2-shakespeare": 64, "llama-stories260k": 512}.get(options.shape, 1024))
+    length = min(options.length, CONTEXT.get(options.shape, 1024))
     encoded = [tokenizer.encode(text) for text in texts_of(options.shape, options.documents)]
     cut = [tokenizer.decode(each.ids[: length - 8]) for each in encoded]
     return cut, [min(len(each.ids), length - 8) for each in encoded]

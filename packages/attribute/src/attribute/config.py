@@ -149,7 +149,7 @@ class IndexConfig:
     reference_model: str = ""
     loss_reduction: str = "sum"
     attribute_tokens: bool = False
-    token_batch_size: int = 4096
+    token_batch_size: int = 2048
     store_dtype: str = "fp32"
     rows_per_shard: int = 0
     data: DataConfig = field(default_factory=DataConfig)

@@ -97,7 +97,7 @@ capture_options = _stack(
         help="Over the labelled tokens of a row.",
     ),
     click.option(
-        "--token-batch-size", default=4096, show_default=True, help="Padded tokens a batch; a longer row runs alone."
+        "--token-batch-size", default=2048, show_default=True, help="Padded tokens a batch; a longer row runs alone."
     ),
 )
 

@@ -50,7 +50,7 @@ from trace_cli._refused import refused_options
     help="A score a token: of its position's part in the gradient, or of its own loss.",
 )
 @click.option("--projection-dim", type=int, default=None, help="Must be that of the queries, which decide it.")
-@click.option("--token-batch-size", default=4096, show_default=True, help="Padded tokens a batch.")
+@click.option("--token-batch-size", default=2048, show_default=True, help="Padded tokens a batch.")
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
 @click.option(
