@@ -57,29 +57,37 @@ class Attribution:
         self._reverse = reverse
         self._found: SearchResult | None = None
 
+    @classmethod
+    def of(cls, store: GradientStore, result: SearchResult) -> Attribution:
+        """What was found in another way than by a search of this module."""
+        made = cls(store, reverse=False)
+        made._found = result
+        return made
+
     def __len__(self) -> int:
-        return len(self._result.top_rows)
+        return len(self.result.top_rows)
 
     @property
     def indices(self) -> np.ndarray:
         """Row numbers ``[q, k]``."""
-        return self._result.bottom_rows if self._reverse else self._result.top_rows
+        return self.result.bottom_rows if self._reverse else self.result.top_rows
 
     @property
     def scores(self) -> np.ndarray:
         """Scores ``[q, k]``: positive means that training on the row lowers the query's loss."""
-        return self._result.bottom_scores if self._reverse else self._result.top_scores
+        return self.result.bottom_scores if self._reverse else self.result.top_scores
 
     def proponents(self, query: int = 0) -> list[Hit]:
         """The highest-scoring rows of one query, resolved to their records."""
-        return self._hits(self._result.top_rows[query], self._result.top_scores[query])
+        return self._hits(self.result.top_rows[query], self.result.top_scores[query])
 
     def opponents(self, query: int = 0) -> list[Hit]:
         """The lowest-scoring rows of one query, resolved to their records."""
-        return self._hits(self._result.bottom_rows[query], self._result.bottom_scores[query])
+        return self._hits(self.result.bottom_rows[query], self.result.bottom_scores[query])
 
     @property
-    def _result(self) -> SearchResult:
+    def result(self) -> SearchResult:
+        """Rows and scores at both ends."""
         if self._found is None:
             raise RunError("the search runs when the trace block ends: read the result after it")
         return self._found

@@ -246,15 +246,19 @@ class QueryConfig:
         top_k: proponents and opponents a query.
         unit_norm: compare directions (cosine) instead of dot products.
         modules: patterns of the modules that count; all by default.
+        rerank: so many rows at either end are ranked again by whole gradients; 0 leaves the sketch's order.
     """
 
     top_k: int = 5
     unit_norm: bool = True
     modules: tuple[str, ...] = ()
+    rerank: int = 0
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise AttributionError(f"--top-k must be at least 1, not {self.top_k}")
+        if self.rerank and self.rerank < self.top_k:
+            raise AttributionError(f"--rerank must be 0 or at least --top-k ({self.top_k}), not {self.rerank}")
 
 
 def _require(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 from attribute._errors import DataError, RunError
 from attribute.attributor import Attribution, Attributor, Hit, record_text, require_same_weights
 from attribute.config import DataConfig, IndexConfig, QueryConfig
-from attribute.data import Row, TokenFileWriter, open_source, rows_of
+from attribute.data import Row, TokenFile, TokenFileWriter, open_source, rows_of
 from attribute.data.sources import Source
 from attribute.engine import gradients_of
 from attribute.index import source_of
 from attribute.model import LanguageModel, load_tokenizer, model_of
+from attribute.progress import Progress
+from attribute.rerank import best_of, exact_scores, rows_again
 from attribute.spectral import plan_of
 from gradstore import GradientStore
 
@@ -57,7 +59,11 @@ class Asker:
         return cls(store, loaded, load_tokenizer(config.tokenizer or name, config.revision), config)
 
     def ask(
-        self, records: Iterable[Mapping[str, Any]], query: QueryConfig, data: DataConfig | None = None
+        self,
+        records: Iterable[Mapping[str, Any]],
+        query: QueryConfig,
+        data: DataConfig | None = None,
+        progress: Progress | None = None,
     ) -> Attribution:
         """The rows that made the model say these texts: each record is a query.
 
@@ -65,30 +71,52 @@ class Asker:
             records: dictionaries with the columns that ``data`` names.
             query: how many rows, which metric, which modules.
             data: which columns; those of the index by default.
+            progress: told of ranking again.
 
         Raises:
             DataError: a query has no token with a loss, or is longer than the context of the model and the index was
                 built without truncation.
         """
-        return self.ask_source(source_of(records, "the queries"), query, data)
+        return self.ask_source(source_of(records, "the queries"), query, data, progress)
 
-    def ask_source(self, source: Source, query: QueryConfig, data: DataConfig | None = None) -> Attribution:
+    def ask_source(
+        self, source: Source, query: QueryConfig, data: DataConfig | None = None, progress: Progress | None = None
+    ) -> Attribution:
         """:meth:`ask` for a dataset opened by :func:`open_source`."""
         attributor = Attributor(self.store, unit_norm=query.unit_norm)
-        gradients = self.gradients(source, data)
-        return attributor.search(gradients, query.top_k, modules=list(query.modules) or None)
+        with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
+            tokens = self._tokens(source, data, Path(folder, "queries"))
+            gradients = gradients_of(self.model, tokens, plan_of(self.store))
+            wanted = max(query.top_k, query.rerank)
+            found = attributor.search(gradients, wanted, modules=list(query.modules) or None)
+            if query.rerank:
+                found = self._reranked(found, tokens, query, Path(folder), progress)
+        return found
+
+    def _reranked(
+        self, found: Attribution, queries: TokenFile, query: QueryConfig, folder: Path, progress: Progress | None
+    ) -> Attribution:
+        """The same, ordered by whole gradients of what was found for any of the queries."""
+        rows = np.unique(np.concatenate([found.result.top_rows.ravel(), found.result.bottom_rows.ravel()]))
+        plan = plan_of(self.store)
+        plan = plan.restrict(query.modules) if query.modules else plan
+        candidates = rows_again(self.store, self.config, self.model, self.tokenizer, rows, folder, progress)
+        scores = exact_scores(self.model, plan, queries, candidates, unit_norm=query.unit_norm, progress=progress)
+        return Attribution.of(self.store, best_of(rows, scores, query.top_k))
 
     def gradients(self, source: Source, data: DataConfig | None = None) -> np.ndarray:
         """Gradients of the queries in the store's columns, ``[queries, width]``."""
+        with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
+            return gradients_of(self.model, self._tokens(source, data, Path(folder)), plan_of(self.store))
+
+    def _tokens(self, source: Source, data: DataConfig | None, folder: Path) -> TokenFile:
         data = data or columns_for(source, self.config.data)
         whole = replace(data, chunk_length=0, max_tokens=0)
         rows = [
             self._fitted(row, number, data.truncation)
             for number, row in enumerate(rows_of(source, self.tokenizer, whole, None))
         ]
-        with tempfile.TemporaryDirectory(prefix="trace-queries-") as folder:
-            tokens = TokenFileWriter(Path(folder), self.model.vocabulary).write(rows)
-            return gradients_of(self.model, tokens, plan_of(self.store))
+        return TokenFileWriter(folder, self.model.vocabulary).write(rows)
 
     def _fitted(self, row: Row, number: int, truncation: bool) -> Row:
         context = self.model.context or len(row.ids)

@@ -81,13 +81,14 @@ class GaussNewton:
         def hidden_of(parameters: dict[str, Tensor]) -> Tensor:
             return functional_call(base, parameters, kwargs={"input_ids": ids, "use_cache": False})[0]
 
+        change: Tensor | None = None
         if tangents:
             with torch.no_grad():
                 change = vmap(lambda tangent: jvp(hidden_of, (primals,), (tangent,))[1])(tangents)
         leaves = {name: primal.requires_grad_() for name, primal in primals.items()}
         with torch.enable_grad():
             hidden = hidden_of(leaves)
-        if not tangents:
+        if change is None:
             change = hidden.new_zeros(len(directions), *hidden.shape)
         counted, push = self._vocabulary(hidden.detach(), change, turned, batch.labels)  # [q, t, v]
         found = dict[str, Tensor]()

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     "--unit-norm/--no-unit-norm", default=True, show_default=True, help="Cosine of gradients, or their dot product."
 )
 @click.option("--modules", multiple=True, metavar="PATTERN", help="Count only these modules; repeatable.")
+@click.option(
+    "--rerank",
+    default=0,
+    metavar="N",
+    help="Rank the N best and N worst rows again by whole gradients; reads the index's dataset.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Column of a row to show.")
 @click.option("--device", default="auto", show_default=True, help="Where the query's gradients are computed.")
 @click.option("--record", type=click.Path(dir_okay=False), help="Also write the hits to this CSV file.")
@@ -45,13 +51,14 @@ def command(index: str, model: str, queries: str | None, texts: tuple[str, ...],
         raise click.UsageError("--queries and --text exclude each other")
     from attribute import Asker, QueryConfig
     from attribute.query import read_queries
+    from trace_cli._progress import Bars
 
-    query = QueryConfig(options["top_k"], options["unit_norm"], options["modules"])
+    query = QueryConfig(options["top_k"], options["unit_norm"], options["modules"], options["rerank"])
     source = read_queries(queries) if queries else None
     asker = Asker.open(index, model=model, device=options["device"])
     if source is not None:
         records = [record for batch in source.batches() for record in batch]
-        _show(asker.ask_source(source, query), records, options)
+        _show(asker.ask_source(source, query, progress=Bars()), records, options)
     elif texts:
         _ask(asker, list(texts), query, options)
     else:
@@ -76,9 +83,11 @@ def _converse(asker: Asker, query: QueryConfig, options: dict[str, Any]) -> None
 
 def _ask(asker: Asker, texts: list[str], query: QueryConfig, options: dict[str, Any]) -> None:
     from attribute import DataConfig
+    from trace_cli._progress import Bars
 
     records = [{"text": text} for text in texts]
-    _show(asker.ask(records, query, DataConfig(truncation=asker.config.data.truncation)), records, options)
+    columns = DataConfig(truncation=asker.config.data.truncation)
+    _show(asker.ask(records, query, columns, progress=Bars()), records, options)
 
 
 def _show(found: Attribution, queries: list[dict[str, Any]], options: dict[str, Any]) -> None:
