@@ -162,7 +162,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"loss_reduction": "mean"}, "--loss-reduction 'sum', not 'mean'"),
     ({"store_dtype": "fp16"}, "--store-dtype 'fp32', not 'fp16'"),
     ({"rows_per_shard": 5}, "--rows-per-shard 4, not 5"),
-    ({"token_batch_size": 64}, "--token-batch-size 4096, not 64"),
+    ({"token_batch_size": 64}, "--token-batch-size 2048, not 64"),
     ({"modules": ("h.0.*",)}, r"--modules \[\], not \['h.0.\*'\]"),
     ({"precision": "bf16"}, "--precision 'fp32', not 'bf16'"),
 ]

@@ -35,7 +35,7 @@ def test_build_as_json(trace, build_options, tmp_path):
 
 def test_snake_case_spellings_are_accepted(trace, models, dataset, index, contents, tmp_path):
     """The command of the field's quickstart, as it stands."""
-    options = ["--model", models["neox"], "--dataset", dataset, "--truncation", "--token_batch_size", 4096]
+    options = ["--model", models["neox"], "--dataset", dataset, "--truncation", "--token_batch_size", 2048]
     result = trace("build", tmp_path / "run", *options, "--projection_dim", 4)
     assert result.code == 0
     assert contents(tmp_path / "run") == contents(index)
@@ -44,7 +44,7 @@ def test_snake_case_spellings_are_accepted(trace, models, dataset, index, conten
 def test_a_saved_configuration_builds_an_equal_store(trace, index, contents, tmp_path):
     saved = yaml.safe_load((index / "config.yaml").read_text())
     assert saved["command"] == "build"
-    assert saved["options"]["token_batch_size"] == 4096  # defaults are saved, too
+    assert saved["options"]["token_batch_size"] == 2048  # defaults are saved, too
     saved["options"]["run_path"] = str(tmp_path / "again")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert trace("--config", tmp_path / "config.yaml").code == 0
