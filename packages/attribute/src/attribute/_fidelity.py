@@ -10,15 +10,13 @@ import torch
 from attribute._errors import DataError
 from attribute.batching import Batch, assemble
 from attribute.data import TokenFile
-from attribute.engine import evaluating, finite_losses
+from attribute.engine import evaluating, factors_of, finite_losses
 from attribute.model import LanguageModel
 from attribute.spectral import shuffled_rows
 from gradcore import (
     CapturePlan,
     Fidelity,
     GradCoreError,
-    Identity,
-    ModuleGradient,
     energies,
     gram_fidelity,
     share_floats,
@@ -41,11 +39,7 @@ class Yardstick:
             return
         self._batch = _cut(model, tokens, rows, budget)
         self._exact = torch.zeros(len(rows), len(rows), dtype=torch.double, device=model.device)
-        held: dict[str, list[ModuleGradient]] = {}
-        for each in _factors(model, self._batch, plan):
-            held.setdefault(each.name, []).append(each)
-        for parts in held.values():
-            gradient = ModuleGradient.joined(parts)
+        for gradient in factors_of(model, self._batch, plan).values():
             self._exact += gradient.dot(gradient)
 
     def judge(self, plan: CapturePlan) -> Fidelity | None:
@@ -57,7 +51,8 @@ class Yardstick:
         if self._batch is None:
             return None
         with self._model.collector(plan) as collector:
-            _backward(self._model, self._batch, plan)
+            with torch.enable_grad(), evaluating(self._model):
+                finite_losses(self._model, self._batch, plan).sum().backward()
             rows = collector.rows.double()
         try:
             return gram_fidelity(rows @ rows.T, self._exact)
@@ -74,7 +69,7 @@ def share_by_energy(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, 
     rows = shuffled_rows(tokens, plan)[:ROWS]
     if not len(rows):
         raise DataError("floats are shared by the gradients of rows with a loss, and there are none")
-    return share_floats(plan, by=energies(_factors(model, _cut(model, tokens, rows, budget), plan)))
+    return share_floats(plan, by=energies(factors_of(model, _cut(model, tokens, rows, budget), plan).values()))
 
 
 def _cut(model: LanguageModel, tokens: TokenFile, rows: np.ndarray, budget: int) -> Batch:
@@ -82,16 +77,3 @@ def _cut(model: LanguageModel, tokens: TokenFile, rows: np.ndarray, budget: int)
     batch = assemble(tokens, rows, model.device)
     width = max(2, budget // len(rows))
     return replace(batch, input_ids=batch.input_ids[:, :width], labels=batch.labels[:, :width])
-
-
-def _factors(model: LanguageModel, batch: Batch, plan: CapturePlan) -> list[ModuleGradient]:
-    """Whole gradients of a batch, not multiplied out."""
-    found: list[ModuleGradient] = []
-    with model.collector(replace(plan, sketch=Identity()), factors=found.append):
-        _backward(model, batch, plan)
-    return found
-
-
-def _backward(model: LanguageModel, batch: Batch, plan: CapturePlan) -> None:
-    with torch.enable_grad(), evaluating(model):
-        finite_losses(model, batch, plan).sum().backward()

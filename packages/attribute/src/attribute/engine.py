@@ -20,7 +20,7 @@ from attribute.data import TokenFile
 from attribute.model import LanguageModel
 from attribute.processes import current
 from attribute.progress import Progress, Quiet, scaled
-from gradcore import IGNORE, CapturePlan, GradientCollector
+from gradcore import IGNORE, CapturePlan, GradientCollector, Identity, ModuleGradient
 from gradstore import StoreWriter
 
 
@@ -333,3 +333,15 @@ def gradients_of(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, bud
     with torch.enable_grad():
         run_pass(model, tokens, plan, [(0, 0, len(tokens))], [sink], budget=budget)
     return sink.gradients
+
+
+def factors_of(model: LanguageModel, batch: Batch, plan: CapturePlan) -> dict[str, ModuleGradient]:
+    """Whole gradients of a batch by module, not multiplied out, whatever the plan's sketch."""
+    held: dict[str, list[ModuleGradient]] = {}
+
+    def hold(gradient: ModuleGradient) -> None:
+        held.setdefault(gradient.name, []).append(gradient)
+
+    with torch.enable_grad(), evaluating(model), model.collector(replace(plan, sketch=Identity()), factors=hold):
+        finite_losses(model, batch, plan).sum().backward()
+    return {name: ModuleGradient.joined(parts) for name, parts in held.items()}

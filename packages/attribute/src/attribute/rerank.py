@@ -17,12 +17,12 @@ from attribute._errors import DataError
 from attribute.batching import Batch, assemble, plan_batches
 from attribute.config import IndexConfig
 from attribute.data import Row, TokenFile, TokenFileWriter, open_source
-from attribute.engine import MemorySink, RowBlock, evaluating, finite_losses, labelled_tokens, run_windows
+from attribute.engine import MemorySink, RowBlock, factors_of, finite_losses, labelled_tokens, run_windows
 from attribute.index import tokenise
 from attribute.meeting import Meeting
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
-from gradcore import CapturePlan, Identity, ModuleGradient
+from gradcore import CapturePlan, Identity
 from gradstore import GradientStore, SearchResult
 
 
@@ -48,7 +48,7 @@ def exact_scores(
     """
     whole, progress = replace(plan, sketch=Identity()), progress or Quiet()
     batches = list(plan_batches(queries.lengths, np.arange(len(queries)), budget))
-    portions = [_factors(model, whole, assemble(queries, batch, model.device)) for batch in batches]
+    portions = [factors_of(model, assemble(queries, batch, model.device), whole) for batch in batches]
     order = np.concatenate(batches)
     squares = np.concatenate(
         [sum(each.sq_norm().double() for each in some.values()).cpu().numpy() for some in portions]  # type: ignore[union-attr]
@@ -73,17 +73,6 @@ def exact_scores(
     scale = np.maximum(np.sqrt(squares), 1e-30)[:, None] if unit_norm else 1.0
     found[order] = sink.gradients.T / scale
     return found
-
-
-def _factors(model: LanguageModel, plan: CapturePlan, batch: Batch) -> dict[str, ModuleGradient]:
-    held: dict[str, list[ModuleGradient]] = {}
-
-    def hold(gradient: ModuleGradient) -> None:
-        held.setdefault(gradient.name, []).append(gradient)
-
-    with torch.enable_grad(), evaluating(model), model.collector(plan, factors=hold):
-        finite_losses(model, batch, plan).sum().backward()
-    return {name: ModuleGradient.joined(parts) for name, parts in held.items()}
 
 
 def rows_again(
