@@ -23,7 +23,9 @@ torch.set_num_threads(1)
 from small import Tiny, token_rows
 from sparsify import TrainConfig, Trainer
 from sparsify._parallel import joined
+from sparsify.cli import sae
 cache = sys.argv[2]
+words = "train --num_latents 48 --k 4 --lr 1e-3 --dead_feature_threshold 200 --device cpu --run_name cached"
 with joined():
     for text in sys.argv[3:]:
         cfg = TrainConfig.from_dict(json.loads(text))
@@ -31,9 +33,7 @@ with joined():
         again = Trainer(cfg, token_rows(), Tiny())
         again.load_state()
         assert again.global_step == again.total_steps
-from sparsify.cli import sae
-words = "train --num_latents 48 --k 4 --lr 1e-3 --dead_feature_threshold 200 --device cpu --run_name cached"
-sae([*words.split(), "--cache", cache, "--save_dir", cache + "/.."], standalone_mode=False)
+    sae([*words.split(), "--cache", cache, "--save_dir", cache + "/.."], standalone_mode=False)
 """
 
 
@@ -57,9 +57,14 @@ def together(cache, *configs):
         )
         for rank in range(2)
     ]
-    for process in running:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    finally:  # one that waits for a dead peer would outlive the tests
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
 def config(tmp_path, name, **changes):

@@ -16,10 +16,14 @@ from sparsify._errors import ConfigError
 
 @contextmanager
 def joined() -> Iterator[int]:
-    """Join the processes torchrun started, if it did, and leave them at the end; gives the local rank."""
+    """Join the processes torchrun started, if it did, and leave them at the end; gives the local rank.
+
+    Inside another `joined()` it joins nothing and leaves nothing: a second group on the same port could meet the store
+    of the first one and wait for ever.
+    """
     local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is None:
-        yield 0
+    if local_rank is None or dist.is_initialized():
+        yield int(local_rank or 0)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(local_rank))
@@ -27,6 +31,7 @@ def joined() -> Iterator[int]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
     try:
         yield int(local_rank)
+        dist.barrier()  # one that leaves early takes the others' connections with it
     finally:
         dist.destroy_process_group()
 
