@@ -1,7 +1,7 @@
 """A whole training run beside eai-sparsify's and SAELens': same rows, order, latents and steps; FVU on rows held out.
 
     python benchmarks/sae_train.py [--eai VENV/bin/python] [--saelens VENV/bin/python] [--model stories|pythia-70m]
-                                   [--steps 200] [--threads 2] [--repeats 1]
+                                   [--steps 200] [--threads 2] [--repeats 1] [--only ours-adam-bf16 ...]
 
 stories: llama-stories260k, layers.2, 2,048 latents, on TinyStories. pythia-70m: random weights in Pythia-70m's shape,
 layers.3, 8,192 latents, on ids drawn by Zipf's law (its FVU says little, its speed much). Steps have 4,096 tokens.
@@ -44,24 +44,30 @@ SETTINGS = {
     "pythia-70m": Setting(3, 8192),
 }
 RUNS = [
-    ("ours", "signum", 0.0),
-    ("ours", "adam", 0.0),
-    ("ours", "adam", 1e-2),
-    ("eai", "signum", 0.0),
-    ("eai", "adam", 0.0),
-    ("saelens", "adam", 3e-4),
-    ("saelens", "adam", 3e-3),
+    ("ours", "signum", 0.0, "fp32"),
+    ("ours", "adam", 0.0, "fp32"),
+    ("ours", "adam", 1e-2, "fp32"),
+    ("ours", "signum", 0.0, "bf16"),
+    ("ours", "adam", 0.0, "bf16"),
+    ("eai", "signum", 0.0, "fp32"),
+    ("eai", "adam", 0.0, "fp32"),
+    ("eai", "adam", 0.0, "bf16"),
+    ("saelens", "adam", 3e-4, "fp32"),
+    ("saelens", "adam", 3e-3, "fp32"),
 ]
 
 
-def train(who: str, optimizer: str, lr: float, setting: Setting, model_folder: str, rows_file: str, out: str) -> None:
+def train(
+    who: str, optimizer: str, lr: float, precision: str, setting: Setting, model_folder: str, rows_file: str, out: str
+) -> None:
     """Runs under the interpreter of whom it measures: `sparsify` is the peer's package in eai's, ours in ours."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     rows = torch.load(rows_file, weights_only=True)
     fit = saelens_fit if who == "saelens" else sparsify_fit
-    run = fit(who, model, rows, setting, optimizer, lr, out)
+    run = fit(who, model, rows, setting, optimizer, lr, precision, out)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start, busy = time.perf_counter(), time.process_time()
     run()
@@ -71,19 +77,21 @@ def train(who: str, optimizer: str, lr: float, setting: Setting, model_folder: s
     print(json.dumps({**told, "peak_gb": peak, "training_gb": peak - before}))
 
 
-def sparsify_fit(who, model, rows, setting, optimizer, lr, out):
+def sparsify_fit(who, model, rows, setting, optimizer, lr, precision, out):
     from datasets import Dataset
 
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     data = Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
     shared = {"batch_size": BATCH, "layers": [setting.layer], "save_dir": out, "log_to_wandb": False}
+    if who == "ours":
+        shared["precision"] = precision  # the choices, too; eai's coder stays in fp32 on a CPU
     cfg = TrainConfig(SaeConfig(k=32, num_latents=setting.latents), **shared, optimizer=optimizer, lr=lr or None)
     trainer = Trainer(cfg, data, model if who == "ours" else model.base_model)
     return trainer.fit
 
 
-def saelens_fit(who, model, rows, setting, optimizer, lr, out):
+def saelens_fit(who, model, rows, setting, optimizer, lr, precision, out):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -161,13 +169,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each, in turn; medians are printed")
+    parser.add_argument("--only", nargs="*", help="of the runs, as ours-adam-bf16")
     parser.add_argument("--part", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = SETTINGS[args.model]
     if args.part:
         torch.set_num_threads(args.threads)
-        who, optimizer, lr, *places = args.part
-        train(who, optimizer, float(lr), setting, *places)
+        who, optimizer, lr, precision, *places = args.part
+        train(who, optimizer, float(lr), precision, setting, *places)
         return
     from transformers import AutoModelForCausalLM
 
@@ -180,8 +189,10 @@ def main() -> None:
         folder, rows, held = prepare(args.steps, scratch)
         torch.save(rows, f"{scratch}/rows.pt")
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        told: dict[tuple[str, str, float], list[dict[str, float]]] = {}
-        runs = [run for run in RUNS if pythons[run[0]]]
+        told: dict[tuple[str, str, float, str], list[dict[str, float]]] = {}
+        runs = [
+            run for run in RUNS if pythons[run[0]] and (not args.only or f"{run[0]}-{run[1]}-{run[3]}" in args.only)
+        ]
         for turn in range(args.repeats):
             for i, run in enumerate(runs):
                 out = f"{scratch}/{turn}-{i}"
@@ -201,7 +212,7 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(done.stderr[-2000:])
                 told.setdefault(run, []).append(json.loads(done.stdout.splitlines()[-1]))
-        for i, (who, optimizer, lr) in enumerate(runs):
+        for i, (who, optimizer, lr, precision) in enumerate(runs):
             out = Path(scratch, f"{args.repeats - 1}-{i}")
             place = out if who == "saelens" else out / "unnamed" / hook
             sae = convert.load(place).coder
@@ -210,7 +221,7 @@ def main() -> None:
             busy = statistics.median(each["cpu_ms_per_kilotoken"] for each in told[runs[i]])
             peak, training = (max(each[key] for each in told[runs[i]]) for key in ("peak_gb", "training_gb"))
             print(
-                f"{who:7} {optimizer:7} lr {lr or 'default':8} {speed:9,.0f} tokens/s  "
+                f"{who:7} {optimizer:7} {precision} lr {lr or 'default':8} {speed:9,.0f} tokens/s  "
                 f"processor {busy:.0f} ms per 1,000 tokens  "
                 f"peak {peak:.2f} GB, training's share {training:.2f}  "
                 f"held-out FVU {r.fvu:.4f}  never fired {r.dead:.1%}  L0 {r.l0:.1f}",

@@ -90,6 +90,19 @@ def test_every_recipe_of_the_readme(model, text, tmp_path, name):
         assert result["tokens/layers.2"] < 24 * 64
 
 
+def test_precision_of_the_model_and_of_the_choices(model, text, tmp_path):
+    words = [model, text, *SMALL, "--layers", "2", "--save_dir", str(tmp_path / "c"), "--json"]
+    fvu = {}
+    for precision in ("auto", "fp32", "bf16"):
+        told = succeed(*words, "--run_name", precision, "--precision", precision)
+        fvu[precision] = json.loads(told.stdout.splitlines()[-1])["fvu/layers.2"]
+        assert Sae.load_from_disk(tmp_path / "c" / precision / "layers.2").W_dec.dtype.itemsize == 4
+    assert fvu["auto"] == fvu["fp32"] != fvu["bf16"]
+    assert abs(fvu["bf16"] - fvu["fp32"]) < 1e-2 * fvu["fp32"]
+    both = invoke(*words, "--precision", "bf16", "--load_in_8bit")
+    assert (both.exit_code, "both say how the model is held" in both.output) == (1, True)
+
+
 def test_resume_and_finetune(model, text, tmp_path):
     words = [model, text, *SMALL, "--layers", "2", "--save_dir", str(tmp_path / "c"), "--run_name", "r"]
     succeed(*words)

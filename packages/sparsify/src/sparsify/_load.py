@@ -13,19 +13,33 @@ from sparsify._errors import ConfigError, DataError
 from sparsify.data import MemmapDataset, StreamedRows, chunk_and_tokenize, documents
 
 
-def load_model(name: str, *, head: bool, revision: str | None, token: str | None, eight_bit: bool, device: str) -> Any:
-    """A transformer on a device: bf16 where a GPU has it, its own dtype elsewhere; without its head unless needed."""
+def load_model(
+    name: str,
+    *,
+    head: bool,
+    revision: str | None,
+    token: str | None,
+    eight_bit: bool,
+    device: str,
+    precision: str = "auto",
+) -> Any:
+    """A transformer on a device, without its head unless needed.
+
+    ``precision="auto"`` is bf16 where a GPU has it and the checkpoint's own dtype elsewhere.
+    """
     from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"revision": revision, "token": token}
     if eight_bit:
+        if precision != "auto":
+            raise ConfigError(f"--load_in_8bit and --precision {precision} both say how the model is held: give one")
         _need_bitsandbytes()
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.float16}
         options["device_map"] = {"": device}
-    elif device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        options["dtype"] = torch.bfloat16
     else:
-        options["dtype"] = "auto"
+        if precision == "auto" and device.startswith("cuda") and torch.cuda.is_bf16_supported():
+            precision = "bf16"
+        options["dtype"] = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}[precision]
     kind = AutoModelForCausalLM if head else AutoModel
     try:
         model = kind.from_pretrained(name, **options)

@@ -156,6 +156,9 @@ def row_topk(block: Tensor, k: int, *, in_order: bool = False) -> tuple[Tensor, 
     pairs one by one, at M = 2,048 three times as long as the encoder's product takes.
     """
     width = block.shape[-1]
+    if block.device.type == "cpu" and block.dtype == torch.bfloat16:
+        values, indices = row_topk(block.float(), k, in_order=in_order)
+        return values.to(block.dtype), indices
     if block.device.type != "cpu" or block.dtype not in (torch.float32, torch.float64) or 2 * k > width:
         values, indices = block.topk(k, dim=-1, sorted=in_order)
         return values, indices

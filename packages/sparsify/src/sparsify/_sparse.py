@@ -121,12 +121,17 @@ def chosen_products(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | No
         x: (N, D).
         weight: (M, D). bias: (M,). centre: (D,), or None where nothing is subtracted.
         rules: each contributes its entries; all see the same products, which are computed once.
+
+    Under autocast rules choose by products in its dtype; what they chose is computed again in the weights' own.
     """
     with torch.no_grad():
         x_c = x.detach() if centre is None else x.detach() - centre
         chosen = _sweep(x_c, weight, bias, rules)
         values, indices, valid = _side_by_side(chosen)
-    routes = Routes(indices, valid, weight.shape[0])
+        routes = Routes(indices, valid, weight.shape[0])
+        if values.dtype != weight.dtype and not routes.dense:  # chosen in bf16, valued in full
+            with torch.autocast(x.device.type, enabled=False):
+                values = routes.dots(x_c, weight) + routes.masked(bias[indices])
     values = _SparseGradient.apply(values.to(weight.dtype), routes, x_c, x, weight, bias, centre)
     return Products(values, routes, tuple(s.indices.shape[1] for s in chosen))
 

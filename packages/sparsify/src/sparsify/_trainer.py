@@ -263,9 +263,10 @@ class Trainer:
         return 1 if self.cfg.distribute_modules else self.processes.world
 
     def _precision(self) -> torch.autocast:
-        # The encoder's products in bf16 double its speed where there are tensor cores; everything else stays fp32.
+        # Products in bf16 double the encoder's speed where there are units for them; everything else stays fp32.
         cuda = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda)
+        wanted = self.cfg.precision == "bf16" or (self.cfg.precision == "auto" and cuda)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     def _to_owner(self, hook: str, pair: Pair) -> Pair:
         owner = self.hookpoints.index(hook) // (len(self.hookpoints) // self.processes.world)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -32,6 +32,8 @@ class Artifacts:
     """Hub token; never written anywhere."""
     revision: str | None = None
     """Model revision."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Dtype of the model: auto is bf16 on a GPU that has it, elsewhere as it was saved."""
     load_in_8bit: bool = False
     """Load the model in 8 bits, by bitsandbytes."""
     max_examples: int | None = None
@@ -60,7 +62,7 @@ def sae() -> None:
 @click.argument("dataset", default="EleutherAI/SmolLM2-135M-10B")
 @options_from(SaeConfig)
 @options_from(TrainConfig, skip=("sae",))
-@options_from(Artifacts)
+@options_from(Artifacts, skip=("precision",))
 @click.option("--resume", is_flag=True, help="Go on with the run in save_dir/run_name.")
 @click.option("--cache", type=click.Path(exists=True), help="Train on activations kept by `cache`, without MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final averages as JSON.")
@@ -71,7 +73,8 @@ def train(model: str, dataset: str, resume: bool, cache: str | None, as_json: bo
     of 16-bit token ids. Under torchrun every process trains on its own share.
     """
     with errors_as_messages():
-        artifacts = Artifacts(**{f.name: options.pop(f.name) for f in fields(Artifacts)})
+        own = [f.name for f in fields(Artifacts) if f.name != "precision"]
+        artifacts = Artifacts(**{name: options.pop(name) for name in own}, precision=options["precision"])
         coder = SaeConfig(**{f.name: options.pop(f.name) for f in fields(SaeConfig)})
         cfg = TrainConfig(sae=coder, **options)
         arguments = parse_assignments(artifacts.data_args)
@@ -113,6 +116,7 @@ def _train(
             token=artifacts.hf_token,
             eight_bit=artifacts.load_in_8bit,
             device=device,
+            precision=artifacts.precision,
         )
         with _parallel.first_alone():  # the others find the tokenized dataset in the cache
             rows = _load.load_rows(
@@ -141,7 +145,7 @@ def _train(
 
 # What a cache has settled: these say how activations are made, and it holds them made.
 _SETTLED = ("model", "dataset", "batch_size", *(f.name for f in fields(Artifacts)))
-_STILL_OPEN = ("device", "exclude_special", "hf_token")
+_STILL_OPEN = ("device", "precision", "exclude_special", "hf_token")
 
 
 def _train_from_cache(
@@ -376,6 +380,7 @@ def _model_and_rows(model: str, dataset: str, artifacts: Artifacts, *, head: boo
         revision=artifacts.revision,
         token=artifacts.hf_token,
         eight_bit=False,
+        precision=artifacts.precision,
         device=_load.pick_device(artifacts.device),
     )
     rows = _load.load_rows(
