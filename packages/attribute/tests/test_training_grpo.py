@@ -390,3 +390,12 @@ def test_what_cannot_be_collected_is_refused(make_model, tokenizer, tmp_path):
     trainer.args.use_liger_kernel = True
     with pytest.raises(ModelError, match="use_liger_kernel=False"):
         prepare_for_gradient_collection(trainer)
+
+
+def test_a_module_that_is_passed_by_is_refused(make_model, tokenizer, tmp_path):
+    """TRL multiplies with the output embedding's weight itself, where no hook sees it."""
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    trainer = trainer_of(make_model("llama"), tokenizer, tmp_path, whole(tmp_path), peft_config=adapters)
+    with pytest.raises(ModelError, match="learns, but its forward is never called"):
+        trainer.train()

@@ -85,6 +85,7 @@ class GradientCollectorCallback(TrainerCallback):
         self._held: HeldStep | None = None
         self._epoch: EpochRecord | None = None
         self._plan: CapturePlan | None = None
+        self._silent: dict[str, nn.Parameter] = {}
 
     def plan(self, model: nn.Module) -> CapturePlan:
         """What is captured of a model that is about to be trained, its modules named as an index names them."""
@@ -128,6 +129,7 @@ class GradientCollectorCallback(TrainerCallback):
             self._collector = GradientCollector(_root(model), whole, factors=self._held.receive, freeze=False)
         self._collector.enabled = False
         self._collector.__enter__()
+        self._silent = _weights(_root(model), plan)
         if self.track_order:
             self.path.mkdir(parents=True, exist_ok=True)
             self._forget_order_after(state.global_step)
@@ -184,6 +186,7 @@ class GradientCollectorCallback(TrainerCallback):
         self._store(batch, gradients * scale)
 
     def _store(self, batch: Batch, gradients: Tensor) -> None:
+        self._require_seen(gradients)
         if not gradients.isfinite().all():
             # Loss scaling of float16 looks for its scale by overflowing; such a step changes no weight.
             gradients = torch.where(gradients.isfinite().all(1, keepdim=True), gradients, 0)
@@ -202,6 +205,18 @@ class GradientCollectorCallback(TrainerCallback):
                     if batch.completions:
                         line["generation"] = batch.completions[place].generation
                     stream.write(json.dumps(line) + "\n")
+
+    def _require_seen(self, gradients: Tensor) -> None:
+        """Every module has rows before its weight has a gradient: one that something runs past its forward has none."""
+        assert self._plan is not None
+        for name, weight in list(self._silent.items()):
+            if gradients[:, self._plan.slices[name]].any():
+                del self._silent[name]
+            elif weight.grad is not None and weight.grad.any() and weight.grad.isfinite().all():
+                raise ModelError(
+                    f"{name} learns, but its forward is never called, so that no row can be seen: a fused output "
+                    "embedding or kernel uses its weight itself. Leave it out with modules=…"
+                )
 
     def _write_epoch(self, epoch: float) -> None:
         if self._epoch is not None:
@@ -225,3 +240,11 @@ def _root(model: nn.Module) -> nn.Module:
     """The model before its output embedding; one that PEFT has wrapped as it is, since it has names of its own."""
     base = getattr(model, "base_model", None)
     return base if isinstance(base, nn.Module) and not hasattr(model, "peft_config") else model
+
+
+def _weights(model: nn.Module, plan: CapturePlan) -> dict[str, nn.Parameter]:
+    """The weights of the modules that have columns of their own in the rows."""
+    if plan.sketch.summed:
+        return {}
+    found = {each.name: getattr(model.get_submodule(each.path), "weight", None) for each in plan.modules}
+    return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter)}
