@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings(  # the libraries' own, of each other
 )
 
 
-def share_of_low_tokens(completion_ids, **columns):
-    """Varied for a model that knows no words; it is handed the columns of the dataset and none of ours."""
+def mean_token(completion_ids, **columns):
+    """Hardly ever the same twice; it is handed the columns of the dataset and none of ours."""
     assert "trace_row" not in columns
     assert len(columns["name"]) == len(completion_ids)
-    return [sum(token < 150 for token in ids) / len(ids) for ids in completion_ids]
+    return [sum(ids) / len(ids) / 300 for ids in completion_ids]
 
 
 class Gradients:
@@ -58,7 +58,16 @@ class Gradients:
 
 
 def trainer_of(
-    model, tokenizer, path, callback=None, *, reward=share_of_low_tokens, peft_config=None, evaluated=None, **options
+    model,
+    tokenizer,
+    path,
+    callback=None,
+    *,
+    reward=mean_token,
+    peft_config=None,
+    evaluated=None,
+    prompts=PROMPTS,
+    **options,
 ):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token, tokenizer.padding_side = "</s>", "left"
@@ -78,7 +87,7 @@ def trainer_of(
         "use_cpu": True,
         "bf16": False,
     }
-    data = datasets.Dataset.from_dict({"prompt": PROMPTS, "name": [f"row {n}" for n in range(len(PROMPTS))]})
+    data = datasets.Dataset.from_dict({"prompt": prompts, "name": [f"row {n}" for n in range(len(prompts))]})
     trainer = trl.GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -145,7 +154,6 @@ def test_rows_of_a_step_sum_to_the_gradient_of_the_optimiser(loss_type, schedule
         whole(tmp_path),
         loss_type=loss_type,
         epsilon=0.05,
-        mask_truncated_completions=False,
         **schedule,
     )
     gradients = Gradients(trainer)
@@ -156,6 +164,40 @@ def test_rows_of_a_step_sum_to_the_gradient_of_the_optimiser(loss_type, schedule
     assert store.rows == len(PROMPTS) * 2 * iterations
     seen = list(zip(store.side("row").tolist(), store.side("generation").tolist()))
     assert sorted(seen) == sorted([(row, each) for row in range(len(PROMPTS)) for each in range(2)] * iterations)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo"},
+        {"loss_type": "sapo"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"loss_type": "vespo"},
+        {"entropy_coef": 0.1},
+        {"scale_rewards": "none", "delta": 1.1, "temperature": 0.7},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_other_losses_of_the_trainer(options, make_model, tokenizer, tmp_path):
+    """Nothing here knows a loss: what the trainer differentiates is what is kept."""
+    model = make_model("llama")
+    trainer = trainer_of(model, tokenizer, tmp_path, whole(tmp_path), num_iterations=2, **options)
+    gradients = Gradients(trainer)
+    trainer.train()
+    require_sums(epoch_of(tmp_path), gradients, model.base_model)
+
+
+def test_conversations(make_model, tokenizer, tmp_path):
+    """Prompts of messages: completions are messages, and their tokens are theirs alone."""
+    prompts = [[{"role": "user", "content": each}] for each in PROMPTS]
+    trainer = trainer_of(make_model("llama"), tokenizer, tmp_path, whole(tmp_path), prompts=prompts)
+    gradients = Gradients(trainer)
+    trainer.train()
+    store = epoch_of(tmp_path)
+    require_sums(store, gradients, trainer.model.base_model)
+    (message,) = store.data(0)["completion"]
+    assert message["role"] == "assistant"
+    assert store.data(0)["prompt"] == prompts[store.side("row")[0]]
 
 
 def test_a_row_is_the_gradient_of_its_own_completion(make_model, tokenizer, tmp_path):
@@ -172,7 +214,7 @@ def test_a_row_is_the_gradient_of_its_own_completion(make_model, tokenizer, tmp_
         assert set(record) == {"prompt", "name", "completion", "completion_ids"}
         assert record["name"] == f"row {sides['row'][number]}"
         assert record["completion"] == tokenizer.decode(record["completion_ids"], skip_special_tokens=True)
-        (reward,) = share_of_low_tokens([record["completion_ids"]], name=[""])
+        (reward,) = mean_token([record["completion_ids"]], name=[""])
         assert sides["reward"][number] == pytest.approx(reward)
         groups.setdefault(int(sides["row"][number]), []).append(number)
         prompt, ids = tokenizer(record["prompt"])["input_ids"], record["completion_ids"]
@@ -240,6 +282,28 @@ def test_bfloat16(weights, make_model, tokenizer, tmp_path):
     require_sums(epoch_of(tmp_path), gradients, model.base_model, 0.05)  # of 8 bits, summed in another order
 
 
+@pytest.mark.parametrize("normalizer", [None, "adam"])
+def test_the_scale_of_float16_is_taken_out(normalizer, make_model, tokenizer, tmp_path):
+    """Its loss is multiplied by 8 before the backward pass, its gradients are divided by 8 by the optimiser."""
+    model = make_model("gpt2")
+    callback = whole(tmp_path, normalizer=normalizer)
+    trainer = trainer_of(model, tokenizer, tmp_path, callback, max_grad_norm=1e9, num_train_epochs=1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    gradients = Gradients(trainer)
+    trainer.train()
+    for step in gradients.steps:
+        for each in step.values():
+            each /= 8
+    store = epoch_of(tmp_path)
+    if normalizer is None:
+        require_sums(store, gradients, model.base_model)
+        return
+    for name in store.columns:
+        gradient = gradients.of(0, name, model.base_model)
+        summed = store.block(0, store.rows, [name])[store.side("step") == 0].sum(0).reshape(gradient.shape)
+        close(summed, gradient / (np.abs(gradient) + 1e-8), 1e-3)
+
+
 @pytest.mark.parametrize("generations", [2, 4])
 def test_unscored_completions_and_evaluations(generations, make_model, tokenizer, tmp_path):
     """Where no reward function says anything; an evaluation between the steps samples too, and leaves no rows."""
@@ -247,7 +311,7 @@ def test_unscored_completions_and_evaluations(generations, make_model, tokenizer
     def sometimes(prompts, completion_ids, **_):
         return [
             None if prompt == PROMPTS[0] else value
-            for prompt, value in zip(prompts, share_of_low_tokens(completion_ids, name=prompts))
+            for prompt, value in zip(prompts, mean_token(completion_ids, name=prompts))
         ]
 
     model = make_model("gpt2")
@@ -387,6 +451,10 @@ def test_what_cannot_be_collected_is_refused(make_model, tokenizer, tmp_path):
         with pytest.raises(ModelError, match=message):
             prepare_for_gradient_collection(trainer)
         trainer.train_dataset = plain
+    plain, trainer.train_dataset = trainer.train_dataset, [{"prompt": each} for each in PROMPTS]
+    with pytest.raises(ModelError, match="load it as a datasets"):
+        prepare_for_gradient_collection(trainer)
+    trainer.train_dataset = plain
     trainer.args.use_liger_kernel = True
     with pytest.raises(ModelError, match="use_liger_kernel=False"):
         prepare_for_gradient_collection(trainer)

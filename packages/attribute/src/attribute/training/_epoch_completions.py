@@ -47,11 +47,21 @@ class _Line(TypedDict):
 class EpochCompletions:
     """A scratch folder ``epoch_N.rows`` beside the store, to which rows are appended in the order of the training.
 
+    Example::
+
+        epoch = EpochCompletions(Path("runs/grpo/train/epoch_0"), plan, dataset, step=0)
+        epoch.put(batch, gradients)                # [n, plan.width], of n completions
+        store = epoch.finish({})
+        store.side("reward"), store.data(0)["completion"]
+
     Args:
         path: the store to be.
         plan: what is captured.
         records: the dataset's rows, which are read by number.
         step: the first optimiser step that comes; a training that is resumed makes its steps from there on again.
+
+    Raises:
+        RunError: the scratch folder holds rows of another plan; the store exists.
     """
 
     def __init__(self, path: Path, plan: CapturePlan, records: Sequence[Any], step: int) -> None:

@@ -22,6 +22,16 @@ from gradcore.sketches import BoundSketch
 class HeldStep:
     """The factors of the batches of one optimiser step.
 
+    Example::
+
+        held = HeldStep(plan)
+        with GradientCollector(model, replace(plan, sketch=Identity()), factors=held.receive, freeze=False):
+            loss.backward()
+        held.close(batch)
+        optimizer.step()
+        for batch, rows in held.rows(model, optimizer):    # [n, plan.width]
+            …
+
     Args:
         plan: what is kept of the rows, once they are scaled.
     """

@@ -62,6 +62,11 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
 
 
 def _require_supported(trainer: Any, callback: GradientCollectorCallback) -> None:
+    if not hasattr(trainer.train_dataset, "column_names"):
+        raise ModelError(
+            f"prompts in a {type(trainer.train_dataset).__name__} have no columns to be kept: load it as a "
+            "datasets.Dataset"
+        )
     arguments, columns = trainer.args, set(trainer.train_dataset.column_names)
     taken = sorted(columns & {COMPLETION, IDS})
     for refused, what in (
