@@ -17,6 +17,7 @@ from attribute import (
     collect_gradients,
     prepare_for_gradient_collection,
 )
+from gradcore import GradCoreError, Identity, ModuleGradient
 from gradstore import GradientStore
 
 transformers = pytest.importorskip("transformers")
@@ -148,6 +149,45 @@ def test_scaled_by_the_rate_of_the_step(make_model, data, tmp_path):
         store = GradientStore.open(tmp_path / f"{scale}" / "train" / "epoch_0")
         found.append(store.block(0, store.rows))
     close(found[1], found[0] * 1e-2)
+
+
+@pytest.mark.parametrize("projection_dim", [0, 4])
+def test_rows_under_the_moments_of_their_step(projection_dim, make_model, data, tmp_path):
+    """Every row, those of the first step too, is divided by the root of what Adam divides that step's gradient by."""
+    moments, model = [], without_dropout(make_model("gpt2"))
+
+    class Watch(transformers.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+            corrected = 1 - 0.999 ** (state.global_step + 1)
+            moments.append({id(each): optimizer.state[each]["exp_avg_sq"] / corrected for each in model.parameters()})
+
+    plain = GradientCollectorCallback(tmp_path / "plain", projection_dim=0, include_bias=True, track_order=True)
+    trainer_of(without_dropout(make_model("gpt2")), data, tmp_path / "out", callback=plain).train()
+    scaled = GradientCollectorCallback(
+        tmp_path / "adam", projection_dim=projection_dim, include_bias=True, normalizer="adam"
+    )
+    trainer = trainer_of(model, data, tmp_path / "out", callback=scaled)
+    trainer.add_callback(Watch())
+    trainer.train()
+    stores = [GradientStore.open(tmp_path / each / "train" / "epoch_0") for each in ("plain", "adam")]
+    lines = [json.loads(line) for line in (tmp_path / "plain" / "order.jsonl").read_text().splitlines()]
+    assert len(moments) == 3
+    for name in stores[0].columns:
+        module = model.base_model.get_submodule(name)
+        for line in lines:
+            row, found = line["row"], moments[line["step"]]
+            second = torch.cat([found[id(module.weight)].T, found[id(module.bias)][:, None]], 1)
+            whole = torch.tensor(stores[0].block(row, row + 1, [name])).reshape(1, *second.shape)
+            expected = ModuleGradient.formed(name, whole / (second.sqrt() + 1e-8)).sketch(scaled.sketch or Identity())
+            close(stores[1].block(row, row + 1, [name]).ravel(), expected.numpy().ravel())
+
+
+def test_an_optimiser_without_second_moments_is_refused(make_model, data, tmp_path):
+    callback = GradientCollectorCallback(tmp_path / "run", normalizer="adam")
+    with pytest.raises(GradCoreError, match="second moments"):
+        trainer_of(make_model("gpt2"), data, tmp_path, callback=callback, optim="sgd").train()
+    with pytest.raises(RunError, match="'adam' or None, not 'adamw'"):
+        GradientCollectorCallback(tmp_path / "run", normalizer="adamw")
 
 
 def test_a_resumed_training_has_all_rows(make_model, data, tmp_path):

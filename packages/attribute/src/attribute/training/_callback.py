@@ -1,25 +1,26 @@
 """``GradientCollectorCallback``: hooks of a collector around each training step of a Hugging Face trainer.
 
-The gradient of every row is taken from the backward pass that trains the model. The trainer's loss is a mean over the
-tokens of an accumulated batch; what is stored is the gradient of a row's own summed loss, whatever the batch it was in,
-equal to that of :func:`collect_gradients` at the same parameters.
+The gradient of every row is taken from the backward pass that trains the model. What a row is, and what its gradient is
+multiplied with, the trainer's kind says: ``_labelled`` for rows of a dataset, ``_sampled`` for completions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from attribute._errors import ModelError, RunError
-from attribute.training._epoch import EpochRows
-from gradcore import IGNORE, MATRICES, CapturePlan, GradientCollector, Sketch, TwoSided
+from attribute.training._batch import Batch, EpochRecord, OpenEpoch
+from attribute.training._live_moments import HeldStep
+from gradcore import MATRICES, CapturePlan, GradientCollector, Identity, Sketch, TwoSided
 from gradcore.layers import layer_for
 
 ORDER = "order.jsonl"
@@ -39,7 +40,7 @@ class GradientCollectorCallback(TrainerCallback):
 
     The training is the one that would have been: weights, optimiser and random numbers are not touched. Rows of an
     epoch are written to ``path/train/epoch_N`` when it ends; a training that is resumed from a checkpoint goes on with
-    the rows it had.
+    the rows it had. Of a ``GRPOTrainer`` a row is a completion in an optimiser step, in the order of the training.
 
     Args:
         path: the folder of the run.
@@ -47,12 +48,15 @@ class GradientCollectorCallback(TrainerCallback):
         sketch: another sketch of gradcore's instead (not a spectral one, whose basis would be that of the first step).
         modules: patterns of modules; by default all linear layers that are trained, with LoRA the adapters'.
         include_bias: capture biases too.
-        track_order: also write ``path/order.jsonl``: a line a row and step, ``{"row", "step", "epoch"}``.
+        track_order: also write ``path/order.jsonl``: a line a row and step, ``{"row", "step", "epoch"}``, and
+            ``"generation"`` where rows are completions.
         scale_by_lr: multiply each row by the learning rate of its step, as TracIn weighs it.
         reduction: ``"sum"`` or ``"mean"`` over a row's labelled tokens.
+        normalizer: ``"adam"`` multiplies every gradient with ``1 / (√v̂ + ε)`` before it is sketched, ``v̂`` being the
+            optimiser's second moments after the row's own step. The factors of a step's rows are held until then.
 
     Raises:
-        RunError: the path holds a finished epoch already; the trainer was not prepared.
+        RunError: the path holds a finished epoch already; the trainer was not prepared; an unknown normaliser.
         ModelError: more than one process, packing, or another loss than cross-entropy over labels.
     """
 
@@ -67,17 +71,21 @@ class GradientCollectorCallback(TrainerCallback):
         track_order: bool = False,
         scale_by_lr: bool = False,
         reduction: str = "sum",
+        normalizer: str | None = None,
     ) -> None:
+        if normalizer not in (None, "adam"):
+            raise RunError(f"the normaliser of a training is 'adam' or None, not {normalizer!r}")
         self.path = Path(path)
         self.sketch = sketch or TwoSided(projection_dim) if sketch or projection_dim else None
         self.modules, self.include_bias = modules, include_bias
         self.track_order, self.scale_by_lr, self.reduction = track_order, scale_by_lr, reduction
-        self.prepared = False
+        self.normalizer = normalizer
+        self._open_epoch: OpenEpoch | None = None
         self._collector: GradientCollector | None = None
-        self._epoch: EpochRows | None = None
-        self._records: Any = None
-        self._count = 0
-        self._factor = 1.0
+        self._held: HeldStep | None = None
+        self._epoch: EpochRecord | None = None
+        self._plan: CapturePlan | None = None
+        self._silent: dict[str, nn.Parameter] = {}
 
     def plan(self, model: nn.Module) -> CapturePlan:
         """What is captured of a model that is about to be trained, its modules named as an index names them."""
@@ -99,26 +107,46 @@ class GradientCollectorCallback(TrainerCallback):
             model, trained, sketch=self.sketch, reduction=self.reduction, include_bias=self.include_bias
         )
 
-    def attach(self, records: Any, count: int) -> None:
-        """The training rows: their records, where there are some to be shown, and their number."""
-        self._records, self._count, self.prepared = records, count, True
+    @property
+    def prepared(self) -> bool:
+        """Whether a trainer says which rows a batch has."""
+        return self._open_epoch is not None
+
+    def attach(self, open_epoch: OpenEpoch) -> None:
+        """How the rows of an epoch are to be kept; :meth:`receive` is then called for every batch."""
+        self._open_epoch = open_epoch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Set the hooks; they let everything pass until a training step begins."""
         if not self.prepared:
             raise RunError("the trainer does not say which rows a batch has: prepare_for_gradient_collection(trainer)")
-        self._collector = GradientCollector(_root(model), self.plan(model), freeze=False)
+        plan = self._plan = self.plan(model)
+        if self.normalizer is None:
+            self._collector = GradientCollector(_root(model), plan, freeze=False)
+        else:
+            self._held = HeldStep(plan)
+            whole = replace(plan, sketch=Identity())
+            self._collector = GradientCollector(_root(model), whole, factors=self._held.receive, freeze=False)
         self._collector.enabled = False
         self._collector.__enter__()
+        self._silent = _weights(_root(model), plan)
         if self.track_order:
             self.path.mkdir(parents=True, exist_ok=True)
             self._forget_order_after(state.global_step)
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        """The optimiser knows its second moments: rows that were held for them are stored."""
+        if self._held is not None:
+            for batch, gradients in self._held.rows(_root(model), optimizer):
+                self._store(batch, gradients * batch.scale)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the hooks away. An epoch that the last step ends early is written, one that was stopped is kept."""
         if self._collector is not None:
             self._collector.__exit__(None, None, None)
-            self._collector = None
+            self._collector = self._held = None
         if state.global_step >= state.max_steps:
             self._write_epoch(state.epoch)
         self._epoch = None
@@ -128,57 +156,75 @@ class GradientCollectorCallback(TrainerCallback):
         if abs(state.epoch - round(state.epoch)) < _WHOLE:
             self._write_epoch(state.epoch)
 
-    def begin_step(self) -> None:
-        """A training step begins: forward passes count from here."""
+    @contextmanager
+    def backward_pass(self) -> Generator[None]:
+        """Around a forward and backward pass that trains: its gradients are collected, unless it fails."""
         assert self._collector is not None
         self._collector.enabled = True
+        try:
+            yield
+        except BaseException:
+            if self._held is not None:
+                self._held.forget()
+            raise
+        finally:
+            self._collector.enabled = False
 
-    def scale(self, loss: Tensor, labels: Tensor, items: Tensor | int | None) -> None:
-        """Learn from the loss that is about to be differentiated what a row's own loss was divided by."""
-        divisor = float(items) if items is not None else float((labels[:, 1:] != IGNORE).sum())
-
-        def receive(gradient: Tensor) -> None:
-            # Accumulation and loss scaling multiply the loss after it was computed.
-            self._factor = divisor / float(gradient)
-
-        loss.register_hook(receive)
-
-    def end_step(self, rows: np.ndarray, labels: Tensor, epoch: float, step: int, rate: float) -> None:
-        """A training step is over: store its rows."""
+    def receive(self, batch: Batch) -> None:
+        """A backward pass is over: its rows are stored, or held until the optimiser's step."""
         assert self._collector is not None
-        self._collector.enabled = False
-        gradients = self._collector.take().float() * self._factor
-        if len(gradients) != len(rows):
+        if self._held is not None:
+            self._held.close(batch)
+            return
+        gradients = self._collector.take().float()
+        if len(gradients) != len(batch.rows):
             raise ModelError(
-                f"a batch of {len(rows)} rows gave {len(gradients)} gradients: rows that are packed or repeated "
+                f"a batch of {len(batch.rows)} rows gave {len(gradients)} gradients: rows that are packed or repeated "
                 "cannot be told apart"
             )
-        if self.reduction == "mean":
-            gradients /= (labels[:, 1:] != IGNORE).sum(1, keepdim=True).clamp(min=1).to(gradients.device)
+        scale = batch.scale.to(gradients.device) if isinstance(batch.scale, Tensor) else batch.scale
+        self._store(batch, gradients * scale)
+
+    def _store(self, batch: Batch, gradients: Tensor) -> None:
+        self._require_seen(gradients)
         if not gradients.isfinite().all():
             # Loss scaling of float16 looks for its scale by overflowing; such a step changes no weight.
             gradients = torch.where(gradients.isfinite().all(1, keepdim=True), gradients, 0)
         if self.scale_by_lr:
-            gradients *= rate
-        number = int(epoch + _WHOLE)
+            gradients *= batch.rate
+        number = int(batch.epoch + _WHOLE)
         if self._epoch is None:
-            self._epoch = EpochRows(self.path / "train" / f"epoch_{number}", self._collector.plan, self._count)
-        self._epoch.put(rows, gradients.cpu().numpy())
+            assert self._open_epoch is not None
+            assert self._plan is not None
+            self._epoch = self._open_epoch(self.path / "train" / f"epoch_{number}", self._plan, batch.step)
+        self._epoch.put(batch, gradients.cpu().numpy())
         if self.track_order:
             with (self.path / ORDER).open("a", encoding="utf-8") as stream:
-                for row in rows:
-                    stream.write(json.dumps({"row": int(row), "step": step, "epoch": number}) + "\n")
+                for place, row in enumerate(batch.rows):
+                    line = {"row": int(row), "step": batch.step, "epoch": number}
+                    if batch.completions:
+                        line["generation"] = batch.completions[place].generation
+                    stream.write(json.dumps(line) + "\n")
 
-    def abort_step(self) -> None:
-        """A training step failed: nothing of it counts."""
-        if self._collector is not None:
-            self._collector.enabled = False
+    def _require_seen(self, gradients: Tensor) -> None:
+        """Every module has rows before its weight has a gradient: one that something runs past its forward has none."""
+        assert self._plan is not None
+        for name, weight in list(self._silent.items()):
+            if gradients[:, self._plan.slices[name]].any():
+                del self._silent[name]
+            elif weight.grad is not None and weight.grad.any() and weight.grad.isfinite().all():
+                raise ModelError(
+                    f"{name} learns, but its forward is never called, so that no row can be seen: a fused output "
+                    "embedding or kernel uses its weight itself. Leave it out with modules=…"
+                )
 
     def _write_epoch(self, epoch: float) -> None:
         if self._epoch is not None:
             about = {"reduction": self.reduction, "scale_by_lr": self.scale_by_lr, "epochs": epoch}
+            if self.normalizer is not None:
+                about["normalizer"] = self.normalizer
             meta = {"training": about, "sign": "positive scores are proponents"}
-            self._epoch.finish(_plain(self._records), meta)
+            self._epoch.finish(meta)
             self._epoch = None
 
     def _forget_order_after(self, step: int) -> None:
@@ -196,8 +242,9 @@ def _root(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) and not hasattr(model, "peft_config") else model
 
 
-def _plain(records: Any) -> Iterable[Mapping[str, Any]] | None:
-    """Records as JSON can hold them, without the row numbers."""
-    if records is None:
-        return None
-    return ({name: value for name, value in record.items() if name != "trace_row"} for record in records)
+def _weights(model: nn.Module, plan: CapturePlan) -> dict[str, nn.Parameter]:
+    """The weights of the modules that have columns of their own in the rows."""
+    if plan.sketch.summed:
+        return {}
+    found = {each.name: getattr(model.get_submodule(each.path), "weight", None) for each in plan.modules}
+    return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter)}

@@ -1,0 +1,145 @@
+"""Trainers whose batches are rows of a dataset with labels: Hugging Face's ``Trainer`` and TRL's ``SFTTrainer``.
+
+Their loss is a mean over the tokens of an accumulated batch; what is stored is the gradient of a row's own summed loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribute._errors import ModelError
+from attribute.training._batch import Batch
+from attribute.training._callback import GradientCollectorCallback
+from attribute.training._epoch import EpochRows
+from gradcore import IGNORE, CapturePlan
+
+ROW = "trace_row"
+"""The column that carries the number of a row to the batch."""
+
+
+def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
+    """Number the dataset, and have the row numbers of each batch and the divisor of its loss told.
+
+    Raises:
+        ModelError: rows that are joined, or a loss that is no cross-entropy over labels.
+    """
+    arguments = trainer.args
+    for refused, what in (
+        (getattr(arguments, "packing", False), "packing, which joins rows"),
+        (getattr(arguments, "padding_free", False), "padding-free batches, which join rows"),
+        (arguments.label_smoothing_factor, "label smoothing"),
+    ):
+        if refused:
+            raise ModelError(f"gradients of rows are not collected with {what}")
+    dataset = trainer.train_dataset
+    callback.attach(partial(_open_epoch, len(dataset), plain_records(dataset)))
+    number_rows(trainer)
+    trainer.data_collator = _Collator(trainer.data_collator)
+    _watch_steps(trainer, callback)
+
+
+def number_rows(trainer: Any) -> None:
+    """Give the rows of a trainer's dataset a column :data:`ROW`, which is not removed as unknown to the model."""
+    dataset = trainer.train_dataset
+    trainer.train_dataset = (
+        dataset.add_column(ROW, list(range(len(dataset)))) if hasattr(dataset, "add_column") else _Numbered(dataset)
+    )
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = [*trainer._signature_columns, ROW]
+
+
+def plain_records(dataset: Any) -> Any:
+    """The rows of a ``datasets.Dataset``, as plain values; other datasets may hold anything and are not kept."""
+    return dataset.with_format(None) if hasattr(dataset, "with_format") else None
+
+
+def _open_epoch(
+    rows: int, records: Iterable[Mapping[str, Any]] | None, path: Path, plan: CapturePlan, step: int
+) -> EpochRows:
+    return EpochRows(path, plan, rows, records)
+
+
+def _watch_steps(trainer: Any, callback: GradientCollectorCallback) -> None:
+    step: Callable[..., Tensor] = trainer.training_step
+    compute_loss: Callable[..., Any] = trainer.compute_loss
+    at_work: dict[str, Any] = {}
+
+    def training_step(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs.pop(ROW).cpu().numpy().astype(np.int64)
+        if "labels" not in inputs:
+            raise ModelError("the batches have no labels: the data collator must make them (language modelling)")
+        at_work["labels"] = inputs["labels"]
+        with callback.backward_pass():
+            loss = step(model, inputs, num_items_in_batch)
+        counts = _labelled_tokens(at_work.pop("labels"))
+        scale = at_work.pop("scale")
+        if callback.reduction == "mean":
+            scale = scale / counts[:, None].clamp(min=1)
+        state = trainer.state
+        callback.receive(Batch(rows, scale, state.global_step, state.epoch or 0.0, trainer._get_learning_rate()))
+        return loss
+
+    def loss_of(
+        model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **options: Any
+    ) -> Any:
+        inputs.pop(ROW, None)
+        found = compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **options
+        )
+        if "labels" in at_work:
+            items = num_items_in_batch if trainer.model_accepts_loss_kwargs else None
+            divisor = float(_labelled_tokens(at_work["labels"]).sum()) if items is None else float(items)
+
+            def receive(gradient: Tensor) -> None:
+                # Accumulation and loss scaling multiply the loss after it was computed.
+                at_work["scale"] = divisor / float(gradient)
+
+            (found[0] if return_outputs else found).register_hook(receive)
+        return found
+
+    trainer.training_step, trainer.compute_loss = training_step, loss_of
+
+
+def _labelled_tokens(labels: Tensor) -> Tensor:
+    """Tokens of each row that count in its loss, ``[n]``."""
+    return (labels[:, 1:] != IGNORE).sum(1)
+
+
+class _Collator:
+    """The trainer's collator, with the row numbers carried past it."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        plain = [{name: value for name, value in each.items() if name != ROW} for each in features]
+        batch = dict(self._inner(plain))
+        if all(ROW in each for each in features):  # evaluation sets are not numbered
+            batch[ROW] = torch.tensor([int(each[ROW]) for each in features])
+        return batch
+
+
+class _Numbered:
+    """A dataset whose items say their number."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._dataset[index], ROW: index}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
