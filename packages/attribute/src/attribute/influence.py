@@ -16,6 +16,7 @@ from attribute.data import TokenFile, open_source
 from attribute.index import announce, records_of, tokenise
 from attribute.methods import Checkpoint, Study, estimator_named
 from attribute.model import LanguageModel, load_model, load_tokenizer
+from attribute.normalizing import moments_of
 from attribute.progress import Progress, Quiet
 from attribute.run import scratch_beside
 from gradstore import ScoreStore, SearchResult
@@ -62,6 +63,8 @@ def run_method(
     seed: int = 0,
     solver_rows: int = 64,
     solver_steps: int = 10,
+    optimizer_state: str = "",
+    horizon: float = 0.0,
     top_k: int = 5,
     progress: Progress | None = None,
 ) -> Influence:
@@ -72,8 +75,11 @@ def run_method(
         name: one of ``attribute.methods.estimators()``.
         config: model, training data and modules; ``projection_dim`` is the side of the methods that sketch.
         query: the query data.
-        checkpoints: (model, learning rate) of the training, for the methods that follow it.
-        damping, labels, seed, solver_rows, solver_steps: as for :class:`Study`.
+        checkpoints: (model, learning rate) of the training, for the methods that follow it; with an ``optimizer.pt`` in
+            the folder, its moments are taken.
+        damping, labels, seed, solver_rows, solver_steps, horizon: as for :class:`Study`.
+        optimizer_state: an ``optimizer.pt`` or its folder, for the methods that move as Adam does and for the
+            normaliser; without it moments are fitted to the rows.
         top_k: rows at either end in the answer.
         progress: told of each stage.
 
@@ -101,7 +107,7 @@ def run_method(
                 plan,
                 texts,
                 query_texts,
-                [Checkpoint(_load(folder, config), rate) for folder, rate in checkpoints],
+                [_checkpoint(folder, rate, config) for folder, rate in checkpoints],
                 damping=damping,
                 labels=labels,
                 seed=seed,
@@ -109,13 +115,20 @@ def run_method(
                 solver_steps=solver_steps,
                 projection_dim=config.projection_dim or 16,
                 normalizer=config.normalizer,
+                moments=moments_of(model, optimizer_state) if optimizer_state else {},
+                horizon=horizon,
                 budget=config.token_batch_size,
                 progress=progress,
             )
             scores = estimator.influence(study)
     names = [str(number) for number in range(len(query_texts))]
     about = {"method": name, "config": config.to_dict(), "damping": damping, "labels": labels, "seed": seed}
-    about |= {"solver_rows": solver_rows, "solver_steps": solver_steps}
+    about |= {
+        "solver_rows": solver_rows,
+        "solver_steps": solver_steps,
+        "optimizer_state": optimizer_state,
+        "horizon": horizon,
+    }
     with ScoreStore.create(path, rows=len(texts), queries=names, plan=about, provenance=about) as writer:
         for shard, start, stop in writer.pending:
             writer.write(shard, np.ascontiguousarray(scores[:, start:stop].T))
@@ -128,6 +141,11 @@ def _side(
 ) -> tuple[TokenFile, list[str]]:
     tokens = tokenise(scratch, open_source(data), tokenizer, replace(config, data=data), model, progress)
     return tokens, [record_text(record) for record in records_of(scratch)]
+
+
+def _checkpoint(folder: str, rate: float, config: IndexConfig) -> Checkpoint:
+    model, state = _load(folder, config), Path(folder) / "optimizer.pt"
+    return Checkpoint(model, rate, moments_of(model, state) if state.is_file() else {})
 
 
 def _load(name: str, config: IndexConfig) -> LanguageModel:

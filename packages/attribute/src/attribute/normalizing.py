@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,8 +61,8 @@ def normalizer_for(
     if not config.normalizer:
         return None
     if config.optimizer_state_path:
-        moments = optimizer_moments(model.model, config.optimizer_state_path, within=model.base, outside=model.outside)
-        return Normalizer.of_moments(config.normalizer, _needed(moments, plan))
+        moments = planned_moments(moments_of(model, config.optimizer_state_path), plan)
+        return Normalizer.of_moments(config.normalizer, moments)
     return fit_normalizer(
         model,
         tokens,
@@ -109,6 +110,21 @@ def fit_normalizer(
     Raises:
         DataError: no row has a token with a loss.
     """
+    moments = fit_moments(model, tokens, plan, kind, sample=sample, budget=budget, progress=progress)
+    return Normalizer.of_moments(kind, moments)
+
+
+def fit_moments(
+    model: LanguageModel,
+    tokens: TokenFile,
+    plan: CapturePlan,
+    what: str = "adam",
+    *,
+    sample: int = 10_000,
+    budget: int = 4096,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The mean of the squared gradients of a sample of rows, by module ``[out, in]``: as for :func:`fit_normalizer`."""
     progress = progress or Quiet()
     whole = replace(plan, modules=_whole_modules(model, plan), sketch=Identity(), normalizer=None)
     rows = np.array([row for row in range(len(tokens)) if tokens.labelled(row)[1:].any()], dtype=np.int64)
@@ -123,7 +139,7 @@ def fit_normalizer(
     def hold(gradient: ModuleGradient) -> None:
         calls.setdefault(gradient.name, []).append(gradient)
 
-    progress.start(f"moments for {kind}", int(tokens.lengths[rows].sum()), "tokens")
+    progress.start(f"moments for {what}", int(tokens.lengths[rows].sum()), "tokens")
     with torch.enable_grad(), evaluating(model), model.collector(whole, factors=hold):
         for chosen in plan_batches(tokens.lengths, rows, budget):
             finite_losses(model, assemble(tokens, chosen, model.device), plan).sum().backward()
@@ -133,7 +149,7 @@ def fit_normalizer(
             calls.clear()
             progress.advance(int(tokens.lengths[chosen].sum()))
     progress.stop()
-    return Normalizer.of_moments(kind, {name: (each / len(rows)).float().cpu() for name, each in sums.items()})
+    return {name: (each / len(rows)).float().cpu() for name, each in sums.items()}
 
 
 def _squares(gradient: ModuleGradient) -> Tensor:
@@ -156,7 +172,12 @@ def _whole_modules(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan,
     return tuple(modules.values())
 
 
-def _needed(moments: dict[str, Tensor], plan: CapturePlan) -> dict[str, Tensor]:
+def moments_of(model: LanguageModel, state: str | Path) -> dict[str, Tensor]:
+    """The second moments that an ``optimizer.pt``, or the checkpoint folder with it, has of a model's modules."""
+    return optimizer_moments(model.model, state, within=model.base, outside=model.outside)
+
+
+def planned_moments(moments: Mapping[str, Tensor], plan: CapturePlan) -> dict[str, Tensor]:
     """The planned modules' moments; without the bias's column where biases are not captured."""
     missing = sorted({each.matrix for each in plan.modules} - set(moments))
     if missing:

@@ -90,16 +90,17 @@ class Kronecker:
     rows: int
     modules: Mapping[str, KroneckerModule]
 
-    def apply(self, gradients: np.ndarray | Tensor, inversion: Inversion) -> np.ndarray:
-        """Rows ``[n, width]`` times H⁻¹ (or H^-½)."""
+    def apply(self, gradients: np.ndarray | Tensor, inversion: Inversion | Mapping[str, Inversion]) -> np.ndarray:
+        """Rows ``[n, width]`` times H⁻¹ (or H^-½); by one inversion, or by one for each module."""
         given = _floats(gradients)
         if given.shape[1] != self.plan.width:
             raise RunError(f"gradients have {given.shape[1]} columns, the curvature has {self.plan.width}")
         out = torch.empty_like(given)
         for name, module in self.modules.items():
             columns, shape = self.plan.slices[name], module.eigenvalues.shape
+            how = inversion if isinstance(inversion, Inversion) else inversion[name]
             rotated = module.rotate(given[:, columns].reshape(len(given), *shape))
-            rotated = rotated * module.multipliers(inversion).to(rotated.dtype)
+            rotated = rotated * module.multipliers(how).to(rotated.dtype)
             out[:, columns] = module.rotate(rotated, back=True).flatten(1)
         return out.numpy()
 

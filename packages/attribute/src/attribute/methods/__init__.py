@@ -4,6 +4,7 @@ A :class:`Method` asks a store; an :class:`Estimator` works from a model and its
 """
 
 from attribute.methods import (
+    adam_cg,
     baselines,
     datainf,
     grad_cos,
@@ -26,6 +27,7 @@ __all__ = [
     "Estimator",
     "Method",
     "Study",
+    "adam_cg",
     "baselines",
     "datainf",
     "estimator_named",

@@ -3,7 +3,7 @@ methods, made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,17 +27,18 @@ from attribute.engine import (
 )
 from attribute.meeting import Meeting
 from attribute.model import LanguageModel
-from attribute.normalizing import fit_normalizer
+from attribute.normalizing import fit_moments, planned_moments
 from attribute.progress import Progress, Quiet
-from gradcore import IGNORE, CapturePlan, Identity, TwoSided
+from gradcore import IGNORE, CapturePlan, Identity, Normalizer, TwoSided
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model at one point of its training, and the mean learning rate around it."""
+    """The model at one point of its training, the mean learning rate around it, and its optimiser's second moments."""
 
     model: LanguageModel
     learning_rate: float
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Study:
         labels, seed: of the Fisher, as for :func:`fit_kronecker`.
         projection_dim: side of the sketch of the methods that need one.
         normalizer: of sketched gradients: ``adam``, ``adafactor`` or ``shampoo``, fitted to the rows; none by default.
+        moments: second moments of the optimiser, by module; without them they are fitted to the rows where needed.
+        horizon: Σ of the training's learning rates, 0 where it is not known.
         components: TrackStar's task directions, 0 in proportion.
         solver_rows, solver_steps: rows of the Gauss-Newton matrix and iterations, of the methods that solve with it.
         budget: padded tokens a batch.
@@ -78,6 +81,8 @@ class Study:
     projection_dim: int = 16
     components: int = 0
     normalizer: str = ""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    horizon: float = 0.0
     solver_rows: int = 64
     solver_steps: int = 10
     budget: int = 4096
@@ -97,10 +102,15 @@ class Study:
     def sketched(self) -> CapturePlan:
         """The plan under a two-sided sketch, and under the normaliser that was asked for."""
         sketch = TwoSided(self.projection_dim, seed=self.seed)
-        normalizer = None
-        if self.normalizer:
-            normalizer = fit_normalizer(self.model, self.rows, self.plan, self.normalizer, budget=self.budget)
+        normalizer = Normalizer.of_moments(self.normalizer, self.second_moments) if self.normalizer else None
         return replace(self.plan, sketch=sketch, normalizer=normalizer)
+
+    @cached_property
+    def second_moments(self) -> dict[str, Tensor]:
+        """Of Adam, by module ``[out, in]``: the optimiser's where given, else mean squared gradients of the rows."""
+        if self.moments:
+            return planned_moments(self.moments, self.plan)
+        return fit_moments(self.model, self.rows, self.plan, budget=self.budget, progress=self.progress)
 
     @cached_property
     def sketches(self) -> tuple[np.ndarray, np.ndarray]:

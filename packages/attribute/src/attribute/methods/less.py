@@ -6,8 +6,8 @@ of a row, eq. 4, g the plain gradient of a validation task, and checkpoints c wi
     score(task, i) = Σ_c η_c cos(Π g_task(θ_c), Π Γ(i; θ_c)),
 
 and a row's score for a set of tasks is the largest over them (trace score --score nearest). Queries are the tasks here.
-Γ needs the optimiser's second moments; where a checkpoint comes without them they are fitted to the rows. Momentum,
-equal for all rows, is left out.
+Γ needs the optimiser's second moments, which an ``optimizer.pt`` beside a checkpoint has; without it they are fitted to
+the rows. Momentum, equal for all rows, is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from attribute.engine import gradients_of
 from attribute.methods._estimator import Estimator, register_estimator
 from attribute.methods._study import Checkpoint, Study, cosines
-from attribute.normalizing import fit_normalizer
+from attribute.normalizing import fit_moments, planned_moments
+from gradcore import Normalizer
 
 
 @register_estimator
@@ -35,9 +36,13 @@ class Less(Estimator):
     def influence(self, study: Study) -> np.ndarray:
         """Σ_c η_c cos(Π g_q, Π Γ_i)."""
         total = np.zeros((len(study.queries), len(study.rows)), dtype=np.float64)
-        for checkpoint in study.checkpoints or (Checkpoint(study.model, 1.0),):
+        for checkpoint in study.checkpoints or (Checkpoint(study.model, 1.0, study.moments),):
             plan = replace(study.sketched, model="", normalizer=None)
-            normalizer = fit_normalizer(checkpoint.model, study.rows, study.plan, "adam", budget=study.budget)
+            if checkpoint.moments:
+                moments = planned_moments(checkpoint.moments, study.plan)
+            else:
+                moments = fit_moments(checkpoint.model, study.rows, study.plan, budget=study.budget)
+            normalizer = Normalizer.of_moments("adam", moments)
             queries = gradients_of(checkpoint.model, study.queries, plan, study.budget)
             rows = gradients_of(checkpoint.model, study.rows, replace(plan, normalizer=normalizer), study.budget)
             total += checkpoint.learning_rate * cosines(queries, rows)

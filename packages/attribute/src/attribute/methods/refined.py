@@ -25,13 +25,18 @@ from attribute.methods._study import Study
 Multiply = Callable[[Tensor], Tensor]
 
 
-def damped_product(study: Study) -> tuple[Multiply, Tensor]:
-    """x ↦ (H + D) x over ``study.solver_rows`` evenly spaced rows, and the diagonal D ``[width]``."""
+def gauss_newton(study: Study) -> GaussNewton:
+    """The Gauss-Newton matrix of ``study.solver_rows`` evenly spaced rows."""
     rows = rows_with_loss(study.rows, study.solver_rows)
     batches = [
         assemble(study.rows, each, study.model.device) for each in plan_batches(study.rows.lengths, rows, study.budget)
     ]
-    matrix = GaussNewton(study.model, study.plan, batches)
+    return GaussNewton(study.model, study.plan, batches)
+
+
+def damped_product(study: Study) -> tuple[Multiply, Tensor]:
+    """x ↦ (H + D) x, and the diagonal D ``[width]``: each module's damping."""
+    matrix = gauss_newton(study)
     diagonal = torch.zeros(study.plan.width)
     for name, module in study.curvature("ekfac").modules.items():
         diagonal[study.plan.slices[name]] = study.damping * module.eigenvalues.mean().item()

@@ -9,6 +9,8 @@ import click
 
 from trace_cli._options import capture_options, grouped_data_options, model_options
 
+_OWN = ("damping", "seed", "solver_rows", "solver_steps", "optimizer_state", "horizon", "top_k")
+
 
 @click.command("method")
 @click.argument("name")
@@ -31,13 +33,24 @@ from trace_cli._options import capture_options, grouped_data_options, model_opti
     metavar="MODEL=RATE",
     help="A model of the training and the learning rate around it, for tracin, less and trak; repeatable.",
 )
+@click.option(
+    "--optimizer-state-path",
+    "optimizer_state",
+    type=click.Path(exists=True),
+    default="",
+    help="An optimizer.pt, or its folder: moments for adam-cg, less and --normalizer. Without it they are fitted.",
+)
+@click.option("--horizon", default=0.0, help="Sum of the training's learning rates, step by step, for adam-cg.")
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
 @click.option("--use-dataset-labels", is_flag=True, help="Empirical Fisher: the dataset's labels instead of sampled.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled labels and sketches.")
 @click.option(
-    "--solver-rows", default=64, show_default=True, help="Rows of the exact matrix of ek-fac-cg, lissa; 0: all."
+    "--solver-rows",
+    default=64,
+    show_default=True,
+    help="Rows of the exact matrix of adam-cg, ek-fac-cg, lissa; 0: all.",
 )
-@click.option("--solver-steps", default=10, show_default=True, help="Iterations of ek-fac-cg and lissa.")
+@click.option("--solver-steps", default=10, show_default=True, help="Iterations of adam-cg, ek-fac-cg, lissa.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON.")
 def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[str, ...], **options: Any) -> None:
@@ -66,7 +79,7 @@ def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[s
         return DataConfig(**{key.removeprefix(f"{prefix}_"): options.pop(key) for key in found})
 
     data, query = group("data"), group("query")
-    own = {key: options.pop(key) for key in ("damping", "seed", "solver_rows", "solver_steps", "top_k")}
+    own = {key: options.pop(key) for key in _OWN}
     normalizer_fields(options)
     labels = "dataset" if options.pop("use_dataset_labels") else "sampled"
     found = run_method(
