@@ -5,9 +5,7 @@ Their loss is a mean over the tokens of an accumulated batch; what is stored is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,8 @@ from torch import Tensor
 from attribute._errors import ModelError
 from attribute.training._batch import Batch
 from attribute.training._callback import GradientCollectorCallback
-from attribute.training._epoch import EpochRows
-from gradcore import IGNORE, CapturePlan
+from attribute.training._rows import DatasetRows
+from gradcore import IGNORE
 
 ROW = "trace_row"
 """The column that carries the number of a row to the batch."""
@@ -39,7 +37,7 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
         if refused:
             raise ModelError(f"gradients of rows are not collected with {what}")
     dataset = trainer.train_dataset
-    callback.attach(partial(_open_epoch, len(dataset), plain_records(dataset)))
+    callback.attach(trainer, DatasetRows(len(dataset), plain_records(dataset)))
     number_rows(trainer)
     trainer.data_collator = _Collator(trainer.data_collator)
     _watch_steps(trainer, callback)
@@ -58,12 +56,6 @@ def number_rows(trainer: Any) -> None:
 def plain_records(dataset: Any) -> Any:
     """The rows of a ``datasets.Dataset``, as plain values; other datasets may hold anything and are not kept."""
     return dataset.with_format(None) if hasattr(dataset, "with_format") else None
-
-
-def _open_epoch(
-    rows: int, records: Iterable[Mapping[str, Any]] | None, path: Path, plan: CapturePlan, step: int
-) -> EpochRows:
-    return EpochRows(path, plan, rows, records)
 
 
 def _watch_steps(trainer: Any, callback: GradientCollectorCallback) -> None:
