@@ -64,3 +64,9 @@ def without_dropout(model):
 def close(found, expected, tolerance=1e-4):
     assert found.shape == expected.shape
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def files_of(path):
+    """Every file but those that are another in every run: the run's id, and locks."""
+    found = {each.relative_to(path).as_posix(): each for each in path.rglob("*") if each.is_file()}
+    return {name: each.read_bytes() for name, each in found.items() if name != "run.json" and "lock" not in name}

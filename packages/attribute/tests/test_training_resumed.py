@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from attribute_training import rows_of_tokens, trainer_of, transformers
+from attribute_training import files_of, rows_of_tokens, trainer_of, transformers
 
 from attribute import GradientCollectorCallback, ModelError, RunError
 from gradstore import GradientStore
@@ -38,12 +38,6 @@ class Kill(transformers.TrainerCallback):
 
 def collector(path, **options):
     return GradientCollectorCallback(path, **{"projection_dim": 4, "track_order": True, **options})
-
-
-def files_of(path):
-    """Every file but those that are another in every run: the run's id, and locks."""
-    found = {each.relative_to(path).as_posix(): each for each in path.rglob("*") if each.is_file()}
-    return {name: each.read_bytes() for name, each in found.items() if name != "run.json" and "lock" not in name}
 
 
 def killed(make_model, data, tmp_path, kills, resume=True, sampler=None, collected=None, **options):
