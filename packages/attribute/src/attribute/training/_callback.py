@@ -44,8 +44,9 @@ class GradientCollectorCallback(TrainerCallback):
         GradientStore.open("runs/example/train/epoch_0").block(0, 10)      # [10, width], in the order of the dataset
 
     The training is the one that would have been: weights, optimiser and random numbers are not touched. Rows of an
-    epoch are written to ``path/train/epoch_N`` when it ends; a training that is resumed from a checkpoint goes on with
-    the rows it had. Of a ``GRPOTrainer`` a row is a completion in an optimiser step, in the order of the training.
+    epoch are written to ``path/train/epoch_N`` when it ends; a training that is resumed from a checkpoint has the rows
+    of one that was never stopped. Of a ``GRPOTrainer`` a row is a completion in an optimiser step, in the order of the
+    training.
 
     Args:
         path: the folder of the run.
@@ -61,7 +62,8 @@ class GradientCollectorCallback(TrainerCallback):
             optimiser's second moments after the row's own step. The factors of a step's rows are held until then.
 
     Raises:
-        RunError: the path holds a finished epoch already; the trainer was not prepared; an unknown normaliser.
+        RunError: the path holds rows that this training does not go on with; the trainer was not prepared; an unknown
+            normaliser.
         ModelError: more than one process, packing, or another loss than cross-entropy over labels.
     """
 
@@ -156,8 +158,9 @@ class GradientCollectorCallback(TrainerCallback):
     ) -> None:
         """The optimiser knows its second moments: rows that were held for them are stored."""
         if self._held is not None:
+            skipped = getattr(optimizer, "step_was_skipped", False)  # its rows are zero, whatever the weights have
             for batch, gradients in self._held.rows(_root(model), optimizer):
-                self._store(batch, gradients * batch.scale)
+                self._store(batch, gradients * batch.scale, seen=not skipped)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the hooks away. An epoch that the last step ends early is written, one that was stopped is kept."""
@@ -201,11 +204,19 @@ class GradientCollectorCallback(TrainerCallback):
         scale = batch.scale.to(gradients.device) if isinstance(batch.scale, Tensor) else batch.scale
         self._store(batch, gradients * scale)
 
-    def _store(self, batch: Batch, gradients: Tensor) -> None:
-        self._require_seen(gradients)
-        if not gradients.isfinite().all():
+    def _store(self, batch: Batch, gradients: Tensor, *, seen: bool = True) -> None:
+        if seen:
+            self._require_seen(gradients)
+        finite = gradients.isfinite().all(1)
+        if not finite.all():
             # Loss scaling of float16 looks for its scale by overflowing; such a step changes no weight.
-            gradients = torch.where(gradients.isfinite().all(1, keepdim=True), gradients, 0)
+            gradients = torch.where(finite[:, None], gradients, 0)
+            _logger.warning(
+                "step %d: gradients of rows %s are not finite and are stored as zeros; but for the first steps of "
+                "float16 look for an exploding loss",
+                batch.step,
+                batch.rows[~finite.cpu().numpy()].tolist(),
+            )
         if self.scale_by_lr:
             gradients *= batch.rate
         number = int(batch.epoch + WHOLE)

@@ -5,7 +5,7 @@ Their loss is a mean over the tokens of an accumulated batch; what is stored is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from gradcore import IGNORE
 ROW = "trace_row"
 """The column that carries the number of a row to the batch."""
 
+_LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")
+"""Whose ``compute_loss`` is known: a mean of cross-entropies, over the batch or the accumulated batches."""
+
 
 def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
     """Number the dataset, and have the row numbers of each batch and the divisor of its loss told.
@@ -28,12 +31,7 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
     Raises:
         ModelError: rows that are joined, or a loss that is no cross-entropy over labels.
     """
-    arguments = trainer.args
-    for refused, what in (
-        (getattr(arguments, "packing", False), "packing, which joins rows"),
-        (getattr(arguments, "padding_free", False), "padding-free batches, which join rows"),
-        (arguments.label_smoothing_factor, "label smoothing"),
-    ):
+    for refused, what in _unlike_cross_entropy(trainer):
         if refused:
             raise ModelError(f"gradients of rows are not collected with {what}")
     dataset = trainer.train_dataset
@@ -41,6 +39,26 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
     number_rows(trainer)
     trainer.data_collator = _Collator(trainer.data_collator)
     _watch_steps(trainer, callback)
+
+
+def _unlike_cross_entropy(trainer: Any) -> Iterator[tuple[bool, str]]:
+    """What makes of a batch's loss another thing than the summed cross-entropy of its rows, over their tokens."""
+    arguments, model = trainer.args, getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    config, loss = getattr(model, "config", None), type(trainer).compute_loss
+    yield getattr(arguments, "packing", False), "packing, which joins rows"
+    yield getattr(arguments, "padding_free", False), "padding-free batches, which join rows"
+    yield bool(arguments.label_smoothing_factor), "label smoothing"
+    yield getattr(arguments, "loss_type", None) == "dft", "loss_type='dft', which weighs tokens: set loss_type='nll'"
+    yield loss.__module__ not in _LOSSES, f"a loss of the trainer's own ({loss.__qualname__})"
+    yield (
+        getattr(trainer, "aux_loss_enabled", getattr(config, "output_router_logits", False)),
+        "the auxiliary loss of a router, which is of a whole batch: set output_router_logits=False in the model's "
+        "config, and router_aux_loss_coef=0 for TRL",
+    )
+    yield (
+        getattr(config, "is_encoder_decoder", False) or type(model).__name__.endswith("ForMaskedLM"),
+        f"a {type(model).__name__}, whose labels are not the next tokens",
+    )
 
 
 def number_rows(trainer: Any) -> None:
@@ -64,14 +82,26 @@ def _watch_steps(trainer: Any, callback: GradientCollectorCallback) -> None:
     at_work: dict[str, Any] = {}
 
     def training_step(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if ROW not in inputs:
+            raise ModelError(
+                "a batch does not say which rows it has: the trainer's data loader passes its data_collator by, or the "
+                "dataset has a transform (set_transform), which leaves the column of their numbers away: map instead"
+            )
         rows = inputs.pop(ROW).cpu().numpy().astype(np.int64)
         if "labels" not in inputs:
             raise ModelError("the batches have no labels: the data collator must make them (language modelling)")
+        if inputs["labels"].dim() != 2:
+            raise ModelError(
+                f"labels of shape {list(inputs['labels'].shape)}: gradients are collected of language models, whose "
+                "rows have a label for each token"
+            )
         at_work["labels"] = inputs["labels"]
-        with callback.backward_pass():
-            loss = step(model, inputs, num_items_in_batch)
-        counts = _labelled_tokens(at_work.pop("labels"))
-        scale = at_work.pop("scale")
+        try:
+            with callback.backward_pass():
+                loss = step(model, inputs, num_items_in_batch)
+            counts, scale = _labelled_tokens(at_work["labels"]), at_work["scale"]
+        finally:
+            at_work.clear()  # after a failure, too: a loss that is only evaluated has no hook
         if callback.reduction == "mean":
             scale = scale / counts[:, None].clamp(min=1)
         state = trainer.state
