@@ -125,8 +125,8 @@ def _watch_steps(trainer: Any, callback: GradientCollectorCallback, sampled: lis
         if len(at_work) != 1:
             raise ModelError(
                 f"a step took {len(at_work)} losses of numbered completions where one was expected: the trainer "
-                "samples past its own methods, or the dataset has a transform (set_transform), which leaves the column of the "
-                "rows' numbers away: map instead"
+                "samples past its own methods, or the dataset has a transform (set_transform), which leaves the column "
+                "of the rows' numbers away: map instead"
             )
         (batch,) = at_work
         found = [sampled[place] for place in batch[PLACE].tolist()]
