@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from attribute_training import close, datasets, rows_of_tokens, trainer_of, transformers, without_dropout
 
 from attribute import (
     Attributor,
@@ -20,67 +21,15 @@ from attribute import (
 from gradcore import GradCoreError, Identity, ModuleGradient
 from gradstore import GradientStore
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-datasets = pytest.importorskip("datasets")
-
 
 @pytest.fixture
 def data():
-    draw = np.random.default_rng(0)
-    rows = [draw.integers(2, 300, size=4 + n % 9).tolist() for n in range(11)]
-    labels = [[-100, *row[1:]] if n % 3 else row for n, row in enumerate(rows)]
-    return datasets.Dataset.from_dict({"input_ids": rows, "labels": labels, "name": [f"row {n}" for n in range(11)]})
-
-
-def collate(features):
-    width = max(len(each["input_ids"]) for each in features)
-    assert all("trace_row" not in each for each in features)
-
-    def padded(name, value):
-        return torch.tensor([list(each[name]) + [value] * (width - len(each[name])) for each in features])
-
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
-
-
-def trainer_of(model, data, path, *, callback=None, **options):
-    defaults = {
-        "output_dir": str(path),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "logging_strategy": "no",
-    }
-    arguments = transformers.TrainingArguments(**{**defaults, **options})
-    callbacks = [callback] if callback else []
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=callbacks
-    )
-    return prepare_for_gradient_collection(trainer) if callback else trainer
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return model
+    return rows_of_tokens()
 
 
 def posthoc(model, data, path, **options) -> np.ndarray:
     store = collect_gradients(model, data, path, config=IndexConfig(projection_dim=0, **options))
     return store.block(0, store.rows)
-
-
-def close(found, expected, tolerance=1e-4):
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -295,6 +244,75 @@ def test_what_cannot_be_told_apart_is_refused(make_model, data, tmp_path):
         trainer_of(model, data, tmp_path, callback=callback, label_smoothing_factor=0.1)
     with pytest.raises(RunError, match="prepare_for_gradient_collection"):
         callback.on_train_begin(None, None, None, model=model)
-    trainer_of(model, data, tmp_path, callback=callback).train()
-    with pytest.raises(RunError, match="exists already"):
-        trainer_of(model, data, tmp_path, callback=GradientCollectorCallback(tmp_path / "run")).train()
+    trainer_of(model, data, tmp_path, callback=callback)
+    with pytest.raises(RunError, match="belongs to another trainer"):
+        trainer_of(model, data, tmp_path, callback=callback)
+
+
+def test_other_losses_are_refused(make_model, data, tmp_path):
+    """A row's share of them is not its own cross-entropy, so the divisor that is taken out would be a wrong one."""
+
+    class Weighted(transformers.Trainer):
+        def compute_loss(self, *arguments, **options):
+            return 2 * super().compute_loss(*arguments, **options)
+
+    model = make_model("gpt2")
+    trainer = trainer_of(model, data, tmp_path)
+    trainer.callback_handler.callbacks.append(GradientCollectorCallback(tmp_path / "run"))
+
+    def refused(match):
+        with pytest.raises(ModelError, match=match):
+            prepare_for_gradient_collection(trainer)
+
+    trainer.args.loss_type = "dft"
+    refused("set loss_type='nll'")
+    del trainer.args.loss_type
+    model.config.output_router_logits = True
+    refused("auxiliary loss of a router")
+    model.config.output_router_logits = False
+    model.config.is_encoder_decoder = True
+    refused("GPT2LMHeadModel, whose labels are not the next tokens")
+    model.config.is_encoder_decoder = False
+    trainer.__class__ = Weighted
+    refused("of the trainer's own .*Weighted.compute_loss")
+
+
+def test_a_dataset_that_hides_the_numbers_of_its_rows(make_model, data, tmp_path):
+    trainer = trainer_of(make_model("gpt2"), data, tmp_path, callback=GradientCollectorCallback(tmp_path / "run"))
+    trainer.train_dataset.set_transform(lambda rows: {name: rows[name] for name in ("input_ids", "labels")})
+    with pytest.raises(ModelError, match="does not say which rows"):
+        trainer.train()
+
+
+def test_a_step_that_fails_leaves_no_hook_in_an_evaluation(make_model, data, tmp_path):
+    model = make_model("gpt2")
+    trainer = trainer_of(model, data, tmp_path, callback=GradientCollectorCallback(tmp_path / "run"))
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    backward, trainer.accelerator.backward = trainer.accelerator.backward, fail
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.accelerator.backward = backward
+    assert trainer.evaluate(data)["eval_loss"] > 0
+
+
+def test_gradients_that_are_not_finite_are_told(make_model, data, tmp_path, caplog):
+    """They are zeros in the store, which cannot hold others, but not silently."""
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight[int(data[4]["input_ids"][0])] = float("nan")
+    callback = GradientCollectorCallback(tmp_path / "run")
+    trainer_of(model, data.select([4]), tmp_path, callback=callback, num_train_epochs=1).train()
+    assert "rows [0] are not finite" in caplog.text
+    assert not GradientStore.open(tmp_path / "run" / "train" / "epoch_0").block(0, 1).any()
+
+
+def test_a_step_that_scaling_skips_has_zeros(make_model, data, tmp_path, monkeypatch):
+    """With moments: other weights than the one that overflowed have gradients, and it is no fault that no row has."""
+    accelerated = pytest.importorskip("accelerate.optimizer").AcceleratedOptimizer
+    monkeypatch.setattr(accelerated, "step_was_skipped", property(lambda self: True))
+    callback = GradientCollectorCallback(tmp_path / "run", normalizer="adam")
+    trainer_of(make_model("gpt2"), data, tmp_path, callback=callback).train()
+    assert not GradientStore.open(tmp_path / "run" / "train" / "epoch_0").block(0, 11).any()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from attribute.training._log import RowLog
 from gradcore import CapturePlan
-from gradstore import GradientStore
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,21 @@ class Batch:
     completions: Sequence[Completion] = ()
 
 
-class EpochRecord(Protocol):
-    """The rows of one epoch while they come, and their store when all are there."""
+class RowKind(Protocol):
+    """What the rows of a training are: what is said of each in the log, and the store that comes of a log."""
 
-    def put(self, batch: Batch, gradients: np.ndarray) -> None:
-        """Keep what a batch gave, ``[n, width]``."""
-
-    def finish(self, meta: dict[str, Any]) -> GradientStore:
-        """Write the store, and leave the scratch folder away."""
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """JSON that a resumed training must say again."""
         ...
 
+    def lines(self, batch: Batch) -> list[dict[str, Any]]:
+        """What is said of each row of a batch, its ``step`` among it."""
+        ...
 
-OpenEpoch = Callable[[Path, CapturePlan, int], EpochRecord]
-"""Begins or continues the record of an epoch: the path of its store, what is captured, the first step that comes."""
+    def write(self, path: Path, plan: CapturePlan, log: RowLog, meta: Mapping[str, Any]) -> None:
+        """The store of an epoch that has ended."""
+
+    def read(self, path: Path, step: int) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+        """The rows of a store that came before a step, as they lay in the log it was written from."""
+        ...

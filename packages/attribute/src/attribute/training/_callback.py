@@ -7,6 +7,8 @@ multiplied with, the trainer's kind says: ``_labelled`` for rows of a dataset, `
 from __future__ import annotations
 
 import json
+import logging
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from attribute._errors import ModelError, RunError
-from attribute.training._batch import Batch, EpochRecord, OpenEpoch
+from attribute.training._batch import Batch, RowKind
 from attribute.training._live_moments import HeldStep
+from attribute.training._run import ORDER, WHOLE, Run
 from gradcore import MATRICES, CapturePlan, GradientCollector, Identity, Sketch, TwoSided
 from gradcore.layers import layer_for
 
-ORDER = "order.jsonl"
-_WHOLE = 1e-6  # the trainer counts epochs in fractions of a step
+_STATE = "trace"
+"""Where the trainer's state, and so each checkpoint, says of which run it is."""
+
+_logger = logging.getLogger(__name__)
 
 
 class GradientCollectorCallback(TrainerCallback):
@@ -39,8 +44,9 @@ class GradientCollectorCallback(TrainerCallback):
         GradientStore.open("runs/example/train/epoch_0").block(0, 10)      # [10, width], in the order of the dataset
 
     The training is the one that would have been: weights, optimiser and random numbers are not touched. Rows of an
-    epoch are written to ``path/train/epoch_N`` when it ends; a training that is resumed from a checkpoint goes on with
-    the rows it had. Of a ``GRPOTrainer`` a row is a completion in an optimiser step, in the order of the training.
+    epoch are written to ``path/train/epoch_N`` when it ends; a training that is resumed from a checkpoint has the rows
+    of one that was never stopped. Of a ``GRPOTrainer`` a row is a completion in an optimiser step, in the order of the
+    training.
 
     Args:
         path: the folder of the run.
@@ -56,7 +62,8 @@ class GradientCollectorCallback(TrainerCallback):
             optimiser's second moments after the row's own step. The factors of a step's rows are held until then.
 
     Raises:
-        RunError: the path holds a finished epoch already; the trainer was not prepared; an unknown normaliser.
+        RunError: the path holds rows that this training does not go on with; the trainer was not prepared; an unknown
+            normaliser.
         ModelError: more than one process, packing, or another loss than cross-entropy over labels.
     """
 
@@ -80,10 +87,11 @@ class GradientCollectorCallback(TrainerCallback):
         self.modules, self.include_bias = modules, include_bias
         self.track_order, self.scale_by_lr, self.reduction = track_order, scale_by_lr, reduction
         self.normalizer = normalizer
-        self._open_epoch: OpenEpoch | None = None
+        self._kind: RowKind | None = None
+        self._trainer: weakref.ref[Any] | None = None
         self._collector: GradientCollector | None = None
         self._held: HeldStep | None = None
-        self._epoch: EpochRecord | None = None
+        self._run: Run | None = None
         self._plan: CapturePlan | None = None
         self._silent: dict[str, nn.Parameter] = {}
 
@@ -110,17 +118,31 @@ class GradientCollectorCallback(TrainerCallback):
     @property
     def prepared(self) -> bool:
         """Whether a trainer says which rows a batch has."""
-        return self._open_epoch is not None
+        return self._kind is not None
 
-    def attach(self, open_epoch: OpenEpoch) -> None:
-        """How the rows of an epoch are to be kept; :meth:`receive` is then called for every batch."""
-        self._open_epoch = open_epoch
+    def belongs_to(self, trainer: Any) -> bool:
+        """Whether it is this trainer that says it."""
+        return self._trainer is not None and self._trainer() is trainer
+
+    def attach(self, trainer: Any, kind: RowKind) -> None:
+        """What the rows of a trainer are; :meth:`receive` is then called for every batch."""
+        self._trainer, self._kind = weakref.ref(trainer), kind
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Set the hooks; they let everything pass until a training step begins."""
-        if not self.prepared:
+        """Find what a resumed training goes on with, and set the hooks, which pass everything until a step begins."""
+        if self._kind is None:
             raise RunError("the trainer does not say which rows a batch has: prepare_for_gradient_collection(trainer)")
+        self._leave()  # a training that failed never came to its end
         plan = self._plan = self.plan(model)
+        if state.global_step and args.ignore_data_skip and abs(state.epoch - round(state.epoch)) > WHOLE:
+            raise ModelError(
+                "ignore_data_skip=True begins an epoch anew from its middle, so that its rows cannot be told from "
+                "those of the next: leave it False, or resume from a checkpoint at the end of an epoch"
+            )
+        self._run = Run(self.path, plan, self._kind, {**self._options(), "track_order": self.track_order})
+        claimed = state.stateful_callbacks.get(_STATE, {}).get("run")
+        run = self._run.begin(state.global_step, state.epoch or 0.0, claimed, self._meta)
+        state.stateful_callbacks[_STATE] = {"run": run}
         if self.normalizer is None:
             self._collector = GradientCollector(_root(model), plan, freeze=False)
         else:
@@ -130,31 +152,28 @@ class GradientCollectorCallback(TrainerCallback):
         self._collector.enabled = False
         self._collector.__enter__()
         self._silent = _weights(_root(model), plan)
-        if self.track_order:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._forget_order_after(state.global_step)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """The optimiser knows its second moments: rows that were held for them are stored."""
         if self._held is not None:
+            skipped = getattr(optimizer, "step_was_skipped", False)  # its rows are zero, whatever the weights have
             for batch, gradients in self._held.rows(_root(model), optimizer):
-                self._store(batch, gradients * batch.scale)
+                self._store(batch, gradients * batch.scale, seen=not skipped)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the hooks away. An epoch that the last step ends early is written, one that was stopped is kept."""
-        if self._collector is not None:
-            self._collector.__exit__(None, None, None)
-            self._collector = self._held = None
-        if state.global_step >= state.max_steps:
-            self._write_epoch(state.epoch)
-        self._epoch = None
+        self._leave()
+        if self._run is not None and state.global_step >= state.max_steps:
+            for number in self._run.unfinished():
+                self._run.finish(number, self._meta(state.epoch))
+        self._run = None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the epoch's store, if the epoch is whole."""
-        if abs(state.epoch - round(state.epoch)) < _WHOLE:
-            self._write_epoch(state.epoch)
+        if self._run is not None and abs(state.epoch - round(state.epoch)) < WHOLE:
+            self._run.finish(round(state.epoch) - 1, self._meta(state.epoch))
 
     @contextmanager
     def backward_pass(self) -> Generator[None]:
@@ -185,19 +204,25 @@ class GradientCollectorCallback(TrainerCallback):
         scale = batch.scale.to(gradients.device) if isinstance(batch.scale, Tensor) else batch.scale
         self._store(batch, gradients * scale)
 
-    def _store(self, batch: Batch, gradients: Tensor) -> None:
-        self._require_seen(gradients)
-        if not gradients.isfinite().all():
+    def _store(self, batch: Batch, gradients: Tensor, *, seen: bool = True) -> None:
+        if seen:
+            self._require_seen(gradients)
+        finite = gradients.isfinite().all(1)
+        if not finite.all():
             # Loss scaling of float16 looks for its scale by overflowing; such a step changes no weight.
-            gradients = torch.where(gradients.isfinite().all(1, keepdim=True), gradients, 0)
+            gradients = torch.where(finite[:, None], gradients, 0)
+            _logger.warning(
+                "step %d: gradients of rows %s are not finite and are stored as zeros; but for the first steps of "
+                "float16 look for an exploding loss",
+                batch.step,
+                batch.rows[~finite.cpu().numpy()].tolist(),
+            )
         if self.scale_by_lr:
             gradients *= batch.rate
-        number = int(batch.epoch + _WHOLE)
-        if self._epoch is None:
-            assert self._open_epoch is not None
-            assert self._plan is not None
-            self._epoch = self._open_epoch(self.path / "train" / f"epoch_{number}", self._plan, batch.step)
-        self._epoch.put(batch, gradients.cpu().numpy())
+        number = int(batch.epoch + WHOLE)
+        assert self._kind is not None
+        assert self._run is not None
+        self._run.put(number, self._kind.lines(batch), gradients.cpu().numpy())
         if self.track_order:
             with (self.path / ORDER).open("a", encoding="utf-8") as stream:
                 for place, row in enumerate(batch.rows):
@@ -218,22 +243,19 @@ class GradientCollectorCallback(TrainerCallback):
                     "embedding or kernel uses its weight itself. Leave it out with modules=…"
                 )
 
-    def _write_epoch(self, epoch: float) -> None:
-        if self._epoch is not None:
-            about = {"reduction": self.reduction, "scale_by_lr": self.scale_by_lr, "epochs": epoch}
-            if self.normalizer is not None:
-                about["normalizer"] = self.normalizer
-            meta = {"training": about, "sign": "positive scores are proponents"}
-            self._epoch.finish(meta)
-            self._epoch = None
+    def _options(self) -> dict[str, Any]:
+        """What a row's numbers depend on, beside the plan."""
+        options: dict[str, Any] = {"reduction": self.reduction, "scale_by_lr": self.scale_by_lr}
+        return options if self.normalizer is None else {**options, "normalizer": self.normalizer}
 
-    def _forget_order_after(self, step: int) -> None:
-        """Steps that a resumed training makes again are not listed twice."""
-        file = self.path / ORDER
-        if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < step]
-            file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    def _meta(self, epochs: float) -> dict[str, Any]:
+        return {"training": {**self._options(), "epochs": epochs}, "sign": "positive scores are proponents"}
+
+    def _leave(self) -> None:
+        """Take the hooks away."""
+        if self._collector is not None:
+            self._collector.__exit__(None, None, None)
+        self._collector = self._held = None
 
 
 def _root(model: nn.Module) -> nn.Module:

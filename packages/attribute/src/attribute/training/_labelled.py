@@ -5,9 +5,7 @@ Their loss is a mean over the tokens of an accumulated batch; what is stored is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,14 @@ from torch import Tensor
 from attribute._errors import ModelError
 from attribute.training._batch import Batch
 from attribute.training._callback import GradientCollectorCallback
-from attribute.training._epoch import EpochRows
-from gradcore import IGNORE, CapturePlan
+from attribute.training._rows import DatasetRows
+from gradcore import IGNORE
 
 ROW = "trace_row"
 """The column that carries the number of a row to the batch."""
+
+_LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")
+"""Whose ``compute_loss`` is known: a mean of cross-entropies, over the batch or the accumulated batches."""
 
 
 def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
@@ -30,19 +31,34 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
     Raises:
         ModelError: rows that are joined, or a loss that is no cross-entropy over labels.
     """
-    arguments = trainer.args
-    for refused, what in (
-        (getattr(arguments, "packing", False), "packing, which joins rows"),
-        (getattr(arguments, "padding_free", False), "padding-free batches, which join rows"),
-        (arguments.label_smoothing_factor, "label smoothing"),
-    ):
+    for refused, what in _unlike_cross_entropy(trainer):
         if refused:
             raise ModelError(f"gradients of rows are not collected with {what}")
     dataset = trainer.train_dataset
-    callback.attach(partial(_open_epoch, len(dataset), plain_records(dataset)))
+    callback.attach(trainer, DatasetRows(len(dataset), plain_records(dataset)))
     number_rows(trainer)
     trainer.data_collator = _Collator(trainer.data_collator)
     _watch_steps(trainer, callback)
+
+
+def _unlike_cross_entropy(trainer: Any) -> Iterator[tuple[bool, str]]:
+    """What makes of a batch's loss another thing than the summed cross-entropy of its rows, over their tokens."""
+    arguments, model = trainer.args, getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    config, loss = getattr(model, "config", None), type(trainer).compute_loss
+    yield getattr(arguments, "packing", False), "packing, which joins rows"
+    yield getattr(arguments, "padding_free", False), "padding-free batches, which join rows"
+    yield bool(arguments.label_smoothing_factor), "label smoothing"
+    yield getattr(arguments, "loss_type", None) == "dft", "loss_type='dft', which weighs tokens: set loss_type='nll'"
+    yield loss.__module__ not in _LOSSES, f"a loss of the trainer's own ({loss.__qualname__})"
+    yield (
+        getattr(trainer, "aux_loss_enabled", getattr(config, "output_router_logits", False)),
+        "the auxiliary loss of a router, which is of a whole batch: set output_router_logits=False in the model's "
+        "config, and router_aux_loss_coef=0 for TRL",
+    )
+    yield (
+        getattr(config, "is_encoder_decoder", False) or type(model).__name__.endswith("ForMaskedLM"),
+        f"a {type(model).__name__}, whose labels are not the next tokens",
+    )
 
 
 def number_rows(trainer: Any) -> None:
@@ -60,26 +76,32 @@ def plain_records(dataset: Any) -> Any:
     return dataset.with_format(None) if hasattr(dataset, "with_format") else None
 
 
-def _open_epoch(
-    rows: int, records: Iterable[Mapping[str, Any]] | None, path: Path, plan: CapturePlan, step: int
-) -> EpochRows:
-    return EpochRows(path, plan, rows, records)
-
-
 def _watch_steps(trainer: Any, callback: GradientCollectorCallback) -> None:
     step: Callable[..., Tensor] = trainer.training_step
     compute_loss: Callable[..., Any] = trainer.compute_loss
     at_work: dict[str, Any] = {}
 
     def training_step(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if ROW not in inputs:
+            raise ModelError(
+                "a batch does not say which rows it has: the trainer's data loader passes its data_collator by, or the "
+                "dataset has a transform (set_transform), which leaves the column of their numbers away: map instead"
+            )
         rows = inputs.pop(ROW).cpu().numpy().astype(np.int64)
         if "labels" not in inputs:
             raise ModelError("the batches have no labels: the data collator must make them (language modelling)")
+        if inputs["labels"].dim() != 2:
+            raise ModelError(
+                f"labels of shape {list(inputs['labels'].shape)}: gradients are collected of language models, whose "
+                "rows have a label for each token"
+            )
         at_work["labels"] = inputs["labels"]
-        with callback.backward_pass():
-            loss = step(model, inputs, num_items_in_batch)
-        counts = _labelled_tokens(at_work.pop("labels"))
-        scale = at_work.pop("scale")
+        try:
+            with callback.backward_pass():
+                loss = step(model, inputs, num_items_in_batch)
+            counts, scale = _labelled_tokens(at_work["labels"]), at_work["scale"]
+        finally:
+            at_work.clear()  # after a failure, too: a loss that is only evaluated has no hook
         if callback.reduction == "mean":
             scale = scale / counts[:, None].clamp(min=1)
         state = trainer.state

@@ -27,7 +27,7 @@ def prepare_for_gradient_collection(trainer: T) -> T:
         The trainer, whose dataset, collator or sampling, and training step are wrapped.
 
     Raises:
-        RunError: it has no such callback.
+        RunError: it has no such callback, or another trainer's.
         ModelError: a training whose rows cannot be told apart: streamed or packed data, several processes, DeepSpeed.
     """
     given: Any = trainer
@@ -37,6 +37,8 @@ def prepare_for_gradient_collection(trainer: T) -> T:
     if callback is None:
         raise RunError("the trainer has no GradientCollectorCallback: pass one in callbacks=[…]")
     _require_supported(given)
+    if callback.prepared and not callback.belongs_to(trainer):
+        raise RunError("this GradientCollectorCallback belongs to another trainer: give each one of its own")
     if not callback.prepared:
         kind = _sampled if _sampled.samples(given) else _labelled
         kind.prepare(given, callback)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,9 @@ from torch import Tensor
 from attribute._errors import ModelError
 from attribute.training._batch import Batch, Completion
 from attribute.training._callback import GradientCollectorCallback
-from attribute.training._epoch_completions import COMPLETION, IDS, EpochCompletions
+from attribute.training._completions import COMPLETION, IDS, Completions
 from attribute.training._labelled import ROW, number_rows, plain_records
-from gradcore import CapturePlan, not_collecting
+from gradcore import not_collecting
 
 PLACE = "trace_completion"
 """The place of a completion among those that were sampled together, carried through TRL's buffer."""
@@ -54,7 +52,7 @@ def prepare(trainer: Any, callback: GradientCollectorCallback) -> None:
     """
     _require_supported(trainer, callback)
     records = plain_records(trainer.train_dataset)
-    callback.attach(partial(_open_epoch, records))
+    callback.attach(trainer, Completions(records))
     number_rows(trainer)
     sampled: list[_Sampled] = []
     _watch_sampling(trainer, sampled)
@@ -83,10 +81,6 @@ def _require_supported(trainer: Any, callback: GradientCollectorCallback) -> Non
             raise ModelError(
                 f"this GRPOTrainer has no method {name}, by which completions are followed: install trl>=1.16"
             )
-
-
-def _open_epoch(records: Any, path: Path, plan: CapturePlan, step: int) -> EpochCompletions:
-    return EpochCompletions(path, plan, records, step)
 
 
 def _watch_sampling(trainer: Any, sampled: list[_Sampled]) -> None:
@@ -128,6 +122,12 @@ def _watch_steps(trainer: Any, callback: GradientCollectorCallback, sampled: lis
         at_work.clear()
         with callback.backward_pass():
             loss = step(model, inputs, num_items_in_batch)
+        if len(at_work) != 1:
+            raise ModelError(
+                f"a step took {len(at_work)} losses of numbered completions where one was expected: the trainer "
+                "samples past its own methods, or the dataset has a transform (set_transform), which leaves the column "
+                "of the rows' numbers away: map instead"
+            )
         (batch,) = at_work
         found = [sampled[place] for place in batch[PLACE].tolist()]
         state, scaler = trainer.state, trainer.accelerator.scaler
