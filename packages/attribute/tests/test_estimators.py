@@ -226,6 +226,27 @@ def test_cg_scores_are_those_of_the_dense_inverse(dense):
     close(estimator_named("ek-fac-cg").influence(replace(small, solver_steps=40)), expected.numpy(), 1e-2)
 
 
+def test_adam_cg_scores_are_those_of_the_dense_inverse(dense):
+    """Damped by √v: in proportion to the spectrum, and by the optimiser's own moments over the way that it went."""
+    small, matrix = dense
+    queries, rows = (gradients_of(small.model, s, small.plan).astype(np.float64) for s in (small.queries, small.rows))
+    root = np.sqrt((rows**2).mean(0)) + 1e-8
+    trace = sum(module.eigenvalues.sum().item() for module in small.curvature("ekfac").modules.values())
+    columns = small.plan.slices
+    moments = {each.path: torch.rand(each.out_features, each.in_features) for each in small.plan.modules}
+    tokens = np.mean([len(small.rows.ids(row)) - 1 for row in range(len(small.rows))])
+    given = np.concatenate([moments[name].flatten().numpy() for name in columns])
+    cases = [
+        (replace(small, solver_steps=60), trace / root.sum() * root),
+        (replace(small, solver_steps=60, moments=moments, horizon=0.5), tokens / 0.5 * (np.sqrt(given) + 1e-8)),
+    ]
+    for study, damping in cases:
+        expected = queries @ np.linalg.solve(matrix.numpy() + np.diag(damping), rows.T)
+        close(estimator_named("adam-cg").influence(study), expected, 1e-2)
+    with pytest.raises(AttributionError, match="give --optimizer-state-path"):
+        estimator_named("adam-cg").influence(replace(small, horizon=0.5))
+
+
 def test_self_influence_is_the_diagonal_of_ekfac(study):
     """A row asked about itself."""
     itself = Study(study.model, study.rows, study.rows, study.plan)

@@ -64,3 +64,36 @@ def test_method_by_name(trace, both, tmp_path):
     refused = trace("method", "tracin", tmp_path / "z", *both, "--data.truncation", "--query.truncation")
     assert refused.code == 1
     assert "checkpoints" in refused.err
+
+
+def test_an_optimiser_steers_the_methods_that_move_as_it_does(trace, both, models, tmp_path):
+    """Its moments for adam-cg, with the horizon, and for less, where they lie beside a checkpoint."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(models["neox"], tmp_path / "trained")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "trained" / "optimizer.pt")
+    words = [*both, "--data.truncation", "--query.truncation", "--solver-rows", 2, "--solver-steps", 2, "--json"]
+    state = ["--optimizer-state-path", tmp_path / "trained"]
+
+    def scores(number, name, *more):
+        told = trace("method", name, tmp_path / f"run{number}", *words, *more)
+        assert told.code == 0, told.err
+        found = told.json["queries"][0]
+        return [each["score"] for each in found["proponents"]]
+
+    fitted, given = scores(0, "adam-cg"), scores(1, "adam-cg", *state, "--horizon", 0.03)
+    assert fitted != pytest.approx(given)
+    checkpoints = [
+        scores(2 + n, "less", "--checkpoint", f"{m}=1.0") for n, m in enumerate([models["neox"], tmp_path / "trained"])
+    ]
+    assert checkpoints[0] != pytest.approx(checkpoints[1])
+    refused = trace("method", "adam-cg", tmp_path / "x", *words, "--horizon", 0.03)
+    assert (refused.code, "give --optimizer-state-path" in refused.err) == (1, True)

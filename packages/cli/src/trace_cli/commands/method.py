@@ -37,7 +37,6 @@ _OWN = ("damping", "seed", "solver_rows", "solver_steps", "optimizer_state", "ho
     "--optimizer-state-path",
     "optimizer_state",
     type=click.Path(exists=True),
-    default="",
     help="An optimizer.pt, or its folder: moments for adam-cg, less and --normalizer. Without it they are fitted.",
 )
 @click.option("--horizon", default=0.0, help="Sum of the training's learning rates, step by step, for adam-cg.")
@@ -80,6 +79,7 @@ def command(name: str, run_path: str | None, as_json: bool, checkpoints: tuple[s
 
     data, query = group("data"), group("query")
     own = {key: options.pop(key) for key in _OWN}
+    own["optimizer_state"] = own["optimizer_state"] or ""
     normalizer_fields(options)
     labels = "dataset" if options.pop("use_dataset_labels") else "sampled"
     found = run_method(
