@@ -1,6 +1,6 @@
-"""`trace build` as a whole command, start-up included, beside `bergson build` on the same model, texts and sketch.
+"""`trace build` or `trace trackstar` as a whole command, start-up included, beside Bergson's, same model and texts.
 
-    uv run python benchmarks/build_command.py [--shape pythia-14m] [--bergson PATH_TO_ITS_PROGRAM]
+    uv run python benchmarks/build_command.py [--command trackstar] [--shape pythia-14m] [--bergson PATH_TO_ITS_PROGRAM]
 
 Each is run on some of the documents and on all of them: the difference is what the tokens cost once a command has
 started. Prints seconds, tokens a second, peak memory and ratios of one run, medians. Bergson is measured if its program
@@ -45,6 +45,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bergson")
+    parser.add_argument("--command", choices=("build", "trackstar"), default="build", help="trackstar: 20 queries")
     parser.add_argument("--shape", choices=SHAPES, default="pythia-14m")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--length", type=int, default=512)
@@ -58,6 +59,7 @@ def main() -> None:
         for name, size in sizes.items():
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:size])
             (folder / f"{name}.jsonl").write_text(lines)
+        (folder / "queries.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[::-1][:20]))
         trace = str(Path(sys.executable).with_name("trace"))
         programs = {"trace": trace} | ({"bergson": options.bergson} if options.bergson else {})
         found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
@@ -65,10 +67,10 @@ def main() -> None:
             for program, path in programs.items():
                 for size in sizes:
                     run = str(folder / f"{program}-{size}-{repeat}")
-                    data = ["--dataset", str(folder / f"{size}.jsonl"), "--truncation", "--projection_dim", "16"]
+                    data = ["--projection_dim", "16", *_data(options.command, folder, size)]
                     if program == "bergson":  # which refuses budgets above the context
                         data += ["--token_batch_size", str(min(2048, CONTEXT.get(options.shape, 1024)))]
-                    measured = measure([path, "build", run, "--model", str(folder / "model"), *data])
+                    measured = measure([path, options.command, run, "--model", str(folder / "model"), *data])
                     found.setdefault((program, size), []).append(measured)
                     shutil.rmtree(run, ignore_errors=True)
         more = sum(counts) - sum(counts[: sizes["few"]])
@@ -90,6 +92,14 @@ def main() -> None:
             )
     finally:
         shutil.rmtree(folder)
+
+
+def _data(command: str, folder: Path, size: str) -> list[str]:
+    sides = {"": size} if command == "build" else {"data.": size, "query.": "queries"}
+    words = []
+    for prefix, name in sides.items():
+        words += [f"--{prefix}dataset", str(folder / f"{name}.jsonl"), f"--{prefix}truncation"]
+    return words
 
 
 def _write_model(shape: str, folder: Path) -> None:

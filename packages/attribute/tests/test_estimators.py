@@ -247,6 +247,30 @@ def test_adam_cg_scores_are_those_of_the_dense_inverse(dense):
         estimator_named("adam-cg").influence(replace(small, horizon=0.5))
 
 
+@pytest.mark.parametrize("side", [6, 300])
+def test_sketched_ekfac_is_ekfac_in_its_leading_coordinates(study, side):
+    """With room for all of them it is EK-FAC itself."""
+    rotated = [gradients_of(study.model, s, study.plan) for s in (study.queries, study.rows)]
+    curvature, columns = study.curvature("ekfac"), study.plan.slices
+    for gradients in rotated:
+        for name, module in curvature.modules.items():
+            block = torch.from_numpy(gradients[:, columns[name]]).unflatten(1, study.plan.shapes[name])
+            gradients[:, columns[name]] = module.rotate(block).flatten(1).numpy()
+    every = {name: module.eigenvalues.flatten().double().numpy() for name, module in curvature.modules.items()}
+    damped = np.concatenate([1 / (each + study.damping * each.mean()) for each in every.values()])
+    spectrum = np.concatenate(list(every.values()))
+    kept = np.argsort(-spectrum, kind="stable")[: side**2 * len(columns)]
+    kept = np.union1d(
+        kept, [columns[name].start + place for name, each in every.items() for place in each.argsort()[-2:]]
+    )
+    expected = (rotated[0][:, kept] * damped[kept]) @ rotated[1][:, kept].T
+    found = estimator_named("ek-fac-sketched").influence(replace(study, projection_dim=side))
+    close(found, expected, 1e-3)
+    if len(kept) == len(spectrum):
+        close(found, estimator_named("ek-fac").influence(study), 1e-3)
+    assert (len(kept) == len(spectrum)) is (side == 300)
+
+
 def test_self_influence_is_the_diagonal_of_ekfac(study):
     """A row asked about itself."""
     itself = Study(study.model, study.rows, study.rows, study.plan)

@@ -15,6 +15,7 @@ from attribute.methods import (
     preconditioned,
     refined,
     self_influence,
+    sketched_kronecker,
     tracin,
     trak,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "register_estimator",
     "register_method",
     "self_influence",
+    "sketched_kronecker",
     "tracin",
     "trak",
 ]
