@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,7 @@ import torch
 
 from attribute import IndexConfig
 from attribute.data import Row, TokenFileWriter
-from attribute.engine import RowBlock
 from attribute.methods import Checkpoint, Study, estimators
-from attribute.methods.adam_cg import mean_tokens
 from attribute.model import LanguageModel, load_model
 
 
@@ -38,7 +35,6 @@ def main() -> None:
     parser.add_argument("--normalizer", default="", choices=("", "adam", "adafactor", "shampoo"))
     parser.add_argument("--solver-rows", type=int, default=64)
     parser.add_argument("--solver-steps", type=int, default=10)
-    parser.add_argument("--recipe", action="store_true", help="tell adam-cg the learning rates and the batch size, too")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
@@ -71,7 +67,7 @@ def _study(root: Path, model: LanguageModel, folder: Path, options: argparse.Nam
     plan = model.plan(IndexConfig(projection_dim=0, modules=("*",) if everything else (), include_bias=everything))
     training = json.loads((root / "training.json").read_text())
     rate = float(np.mean(training["learning_rates"]))
-    study = Study(
+    return Study(
         model,
         sides["train"],
         sides["queries"],
@@ -84,26 +80,9 @@ def _study(root: Path, model: LanguageModel, folder: Path, options: argparse.Nam
         projection_dim=options.projection_dim,
         solver_rows=options.solver_rows,
         solver_steps=options.solver_steps,
+        horizon=sum(training["learning_rates"]),
+        batch=training["batch"],
     )
-    if options.recipe:
-        recipe = {"horizon": sum(training["learning_rates"]), "moments": _moments(study, training["batch"])}
-        return replace(study, **recipe)
-    return study
-
-
-def _moments(study: Study, batch: int) -> dict[str, torch.Tensor]:
-    """The optimiser's moments, which the ground truth lacks, as they must be: E[g]² + Var[g] / B of a mean loss."""
-    total, rows, tokens = torch.zeros(study.plan.width), len(study.rows), mean_tokens(study)
-
-    def add(block: RowBlock) -> None:
-        total.add_(block.gradients.sum(0))
-
-    study.visit(add)
-    found = {}
-    for name, squares in study.second_moments.items():
-        mean = (total[study.plan.slices[name]] / rows).view(squares.shape) / tokens
-        found[name] = mean**2 + (squares / tokens**2 - mean**2) / batch
-    return found
 
 
 def _start(root: Path) -> LanguageModel:

@@ -51,6 +51,8 @@ def study(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
         projection_dim=3,
         solver_rows=2,
         solver_steps=2,
+        horizon=0.5,
+        batch=2,
     )
 
 
@@ -227,24 +229,23 @@ def test_cg_scores_are_those_of_the_dense_inverse(dense):
 
 
 def test_adam_cg_scores_are_those_of_the_dense_inverse(dense):
-    """Damped by √v: in proportion to the spectrum, and by the optimiser's own moments over the way that it went."""
+    """Damped by √v / T, with the optimiser's own moments and with those that its batches must have had."""
     small, matrix = dense
     queries, rows = (gradients_of(small.model, s, small.plan).astype(np.float64) for s in (small.queries, small.rows))
-    root = np.sqrt((rows**2).mean(0)) + 1e-8
-    trace = sum(module.eigenvalues.sum().item() for module in small.curvature("ekfac").modules.values())
-    columns = small.plan.slices
     moments = {each.path: torch.rand(each.out_features, each.in_features) for each in small.plan.modules}
+    given = np.concatenate([moments[name].flatten().numpy() for name in small.plan.slices])
     tokens = np.mean([len(small.rows.ids(row)) - 1 for row in range(len(small.rows))])
-    given = np.concatenate([moments[name].flatten().numpy() for name in columns])
-    cases = [
-        (replace(small, solver_steps=60), trace / root.sum() * root),
-        (replace(small, solver_steps=60, moments=moments, horizon=0.5), tokens / 0.5 * (np.sqrt(given) + 1e-8)),
-    ]
-    for study, damping in cases:
-        expected = queries @ np.linalg.solve(matrix.numpy() + np.diag(damping), rows.T)
+    worked_out = rows.mean(0) ** 2 + rows.var(0) / 4
+    small = replace(small, solver_steps=60, horizon=0.5)
+    for study, root in [
+        (replace(small, moments=moments), tokens * (np.sqrt(given) + 1e-8)),
+        (replace(small, batch=4), np.sqrt(worked_out) + tokens * 1e-8),
+    ]:
+        expected = queries @ np.linalg.solve(matrix.numpy() + np.diag(root / 0.5), rows.T)
         close(estimator_named("adam-cg").influence(study), expected, 1e-2)
-    with pytest.raises(AttributionError, match="give --optimizer-state-path"):
-        estimator_named("adam-cg").influence(replace(small, horizon=0.5))
+    for study, reason in [(small, "--train-batch-size"), (replace(small, batch=4, horizon=0.0), "--horizon")]:
+        with pytest.raises(AttributionError, match=reason):
+            estimator_named("adam-cg").influence(study)
 
 
 @pytest.mark.parametrize("side", [6, 300])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -89,11 +91,16 @@ def test_an_optimiser_steers_the_methods_that_move_as_it_does(trace, both, model
         found = told.json["queries"][0]
         return [each["score"] for each in found["proponents"]]
 
-    fitted, given = scores(0, "adam-cg"), scores(1, "adam-cg", *state, "--horizon", 0.03)
-    assert fitted != pytest.approx(given)
+    worked_out = scores(0, "adam-cg", "--horizon", 0.03, "--train-batch-size", 2)
+    given = scores(1, "adam-cg", *state, "--horizon", 0.03)
+    assert worked_out != pytest.approx(given)
     checkpoints = [
         scores(2 + n, "less", "--checkpoint", f"{m}=1.0") for n, m in enumerate([models["neox"], tmp_path / "trained"])
     ]
     assert checkpoints[0] != pytest.approx(checkpoints[1])
-    refused = trace("method", "adam-cg", tmp_path / "x", *words, "--horizon", 0.03)
-    assert (refused.code, "give --optimizer-state-path" in refused.err) == (1, True)
+    refused = trace("method", "adam-cg", tmp_path / "x", *words, *state)
+    assert (refused.code, "--horizon" in refused.err) == (1, True)
+    # Two steps at .01 and .02: the trainer logged them.
+    log = [{"step": 1, "learning_rate": 0.01}, {"step": 2, "learning_rate": 0.02}, {"step": 2, "eval_loss": 1.0}]
+    (tmp_path / "trained" / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": log}))
+    assert scores(9, "adam-cg", *state) == pytest.approx(given)

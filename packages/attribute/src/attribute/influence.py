@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def run_method(
     solver_steps: int = 10,
     optimizer_state: str = "",
     horizon: float = 0.0,
+    batch: int = 0,
     top_k: int = 5,
     progress: Progress | None = None,
 ) -> Influence:
@@ -77,7 +79,8 @@ def run_method(
         query: the query data.
         checkpoints: (model, learning rate) of the training, for the methods that follow it; with an ``optimizer.pt`` in
             the folder, its moments are taken.
-        damping, labels, seed, solver_rows, solver_steps, horizon: as for :class:`Study`.
+        damping, labels, seed, solver_rows, solver_steps, batch: as for :class:`Study`.
+        horizon: 0 takes it from the ``trainer_state.json`` beside the optimiser's state, if there is one.
         optimizer_state: an ``optimizer.pt`` or its folder, for the methods that move as Adam does and for the
             normaliser; without it moments are fitted to the rows.
         top_k: rows at either end in the answer.
@@ -88,6 +91,8 @@ def run_method(
         AttributionError: no such method, or it lacks what it needs.
     """
     path, progress = Path(path), progress or Quiet()
+    if optimizer_state and not horizon:
+        horizon = horizon_of(Path(optimizer_state))
     estimator = estimator_named(name)
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise RunError(f"{path} is not empty: choose another folder for the scores")
@@ -117,6 +122,7 @@ def run_method(
                 normalizer=config.normalizer,
                 moments=moments_of(model, optimizer_state) if optimizer_state else {},
                 horizon=horizon,
+                batch=batch,
                 budget=config.token_batch_size,
                 progress=progress,
             )
@@ -128,6 +134,7 @@ def run_method(
         "solver_steps": solver_steps,
         "optimizer_state": optimizer_state,
         "horizon": horizon,
+        "batch": batch,
     }
     with ScoreStore.create(path, rows=len(texts), queries=names, plan=about, provenance=about) as writer:
         for shard, start, stop in writer.pending:
@@ -141,6 +148,19 @@ def _side(
 ) -> tuple[TokenFile, list[str]]:
     tokens = tokenise(scratch, open_source(data), tokenizer, replace(config, data=data), model, progress)
     return tokens, [record_text(record) for record in records_of(scratch)]
+
+
+def horizon_of(state: Path) -> float:
+    """Σ of the learning rates of a Trainer's run up to a checkpoint, from what it logged; 0 where it logged none."""
+    file = (state if state.is_dir() else state.parent) / "trainer_state.json"
+    if not file.is_file():
+        return 0.0
+    told = json.loads(file.read_text())
+    logged = [(each["step"], each["learning_rate"]) for each in told["log_history"] if "learning_rate" in each]
+    if not logged:
+        return 0.0
+    steps, rates = (np.array(side, dtype=np.float64) for side in zip(*logged))
+    return float(np.interp(np.arange(1, told["global_step"] + 1), steps, rates).sum())
 
 
 def _checkpoint(folder: str, rate: float, config: IndexConfig) -> Checkpoint:

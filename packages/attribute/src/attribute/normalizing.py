@@ -121,10 +121,14 @@ def fit_moments(
     what: str = "adam",
     *,
     sample: int = 10_000,
+    batch: int = 1,
     budget: int = 4096,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """The mean of the squared gradients of a sample of rows, by module ``[out, in]``: as for :func:`fit_normalizer`."""
+    """The mean of the squared gradients of a sample of rows, by module ``[out, in]``: as for :func:`fit_normalizer`.
+
+    With ``batch`` above 1, that of the mean gradient of as many rows, drawn independently: E[g]² + Var[g] / batch.
+    """
     progress = progress or Quiet()
     whole = replace(plan, modules=_whole_modules(model, plan), sketch=Identity(), normalizer=None)
     rows = np.array([row for row in range(len(tokens)) if tokens.labelled(row)[1:].any()], dtype=np.int64)
@@ -134,6 +138,7 @@ def fit_moments(
         seed = getattr(plan.sketch, "seed", 0)
         rows = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
     sums: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
     calls: dict[str, list[ModuleGradient]] = {}
 
     def hold(gradient: ModuleGradient) -> None:
@@ -144,22 +149,30 @@ def fit_moments(
         for chosen in plan_batches(tokens.lengths, rows, budget):
             finite_losses(model, assemble(tokens, chosen, model.device), plan).sum().backward()
             for name, parts in calls.items():
-                found = _squares(ModuleGradient.joined(parts))
-                sums[name] = found if name not in sums else sums[name].add_(found)
+                for held, found in zip((sums, totals), _squares(ModuleGradient.joined(parts))):
+                    held[name] = found if name not in held else held[name].add_(found)
             calls.clear()
             progress.advance(int(tokens.lengths[chosen].sum()))
     progress.stop()
-    return {name: (each / len(rows)).float().cpu() for name, each in sums.items()}
+    found = dict[str, Tensor]()
+    for name, squares in sums.items():
+        mean = (totals[name] / len(rows)).square_()
+        found[name] = (mean + (squares / len(rows) - mean) / batch).float().cpu()
+    return found
 
 
-def _squares(gradient: ModuleGradient) -> Tensor:
-    """``Σ_n G_n² [out, in]`` of a batch, in blocks of rows."""
+def _squares(gradient: ModuleGradient) -> tuple[Tensor, Tensor]:
+    """``Σ_n G_n²`` and ``Σ_n G_n``, each ``[out, in]``, of a batch, in blocks of rows."""
+    squares: Tensor | None = None
     total: Tensor | None = None
     for _, block in gradient.blocks():
-        squares = block.square_().sum(0, dtype=torch.float64)
-        total = squares if total is None else total.add_(squares)
+        part = block.sum(0, dtype=torch.float64)
+        total = part if total is None else total.add_(part)
+        part = block.square_().sum(0, dtype=torch.float64)
+        squares = part if squares is None else squares.add_(part)
+    assert squares is not None
     assert total is not None
-    return total
+    return squares, total
 
 
 def _whole_modules(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan, ...]:

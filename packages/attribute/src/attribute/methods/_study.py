@@ -62,6 +62,7 @@ class Study:
         normalizer: of sketched gradients: ``adam``, ``adafactor`` or ``shampoo``, fitted to the rows; none by default.
         moments: second moments of the optimiser, by module; without them they are fitted to the rows where needed.
         horizon: Σ of the training's learning rates, 0 where it is not known.
+        batch: rows a step of the training, from which the moments follow where the optimiser's are not given.
         components: TrackStar's task directions, 0 in proportion.
         solver_rows, solver_steps: rows of the Gauss-Newton matrix and iterations, of the methods that solve with it.
         budget: padded tokens a batch.
@@ -83,6 +84,7 @@ class Study:
     normalizer: str = ""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     horizon: float = 0.0
+    batch: int = 0
     solver_rows: int = 64
     solver_steps: int = 10
     budget: int = 4096

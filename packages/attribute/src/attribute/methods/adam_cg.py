@@ -7,11 +7,11 @@ row contributed, for a query,
 
 H the Gauss-Newton matrix of the mean loss (Bae et al. 2024, "SOURCE", section 3, with one segment): that is
 τ = g_qᵀ (H + R / T)⁻¹ g_i. What training had no time to learn is damped, and what Adam moves in small steps is damped
-more. Where T is not known, R is scaled as the damping c of other methods is: D = c · (tr H / Σ √v) · √v.
+more; no damping is left to choose.
 
-(H + D) x = g_q is solved on the exact Gauss-Newton matrix of a sample of rows, preconditioned by EK-FAC with each
-module damped by its mean of D. Momentum and weight decay are left out. A training whose gradients at its end say little
-about those on its way is not described.
+(H + R / T) x = g_q is solved on the exact Gauss-Newton matrix of a sample of rows, preconditioned by EK-FAC with each
+module damped by its mean of R / T. Momentum and weight decay are left out. A training whose gradients at its end say
+little about those on its way is not described.
 """
 
 from __future__ import annotations
@@ -27,30 +27,36 @@ from attribute.curvature import Inversion
 from attribute.methods._estimator import Estimator, register_estimator
 from attribute.methods._study import Study
 from attribute.methods.refined import conjugate_gradients, gauss_newton
+from attribute.normalizing import fit_moments, planned_moments
 
 EPSILON = 1e-8
 """Beside √v, as Adam has it."""
 
 
 def adam_damping(study: Study) -> Tensor:
-    """D ``[width]``, in the units of the study's losses.
+    """D = (√v + ε) / T ``[width]``, in the units of the study's losses.
 
     Raises:
-        AttributionError: a horizon without the optimiser's moments, whose scale is that of a batch and not of a row.
+        AttributionError: the horizon, or both the optimiser's moments and the batch, were not given.
     """
-    moments = study.second_moments
-    root = torch.cat([moments[each.path].sqrt().flatten() for each in study.plan.modules]) + EPSILON
-    if not study.horizon:
-        spectra = [module.eigenvalues.sum().item() for module in study.curvature("ekfac").modules.values()]
-        return study.damping * sum(spectra) / root.sum() * root
-    if not study.moments:
+    if not study.horizon > 0:
         raise AttributionError(
-            "--horizon goes with the moments of the optimiser that trained so far, which saw batches of its own size: "
-            "give --optimizer-state-path, or leave the horizon out"
+            "adam-cg needs the sum of the training's learning rates over its steps, --horizon: with a linear decay to "
+            "0, half the peak times the steps. A Trainer's checkpoint, given as --optimizer-state-path, tells it"
         )
     # Adam's moments are of a batch's mean loss, a row's loss here may be a sum over its tokens.
     scale = 1.0 if study.plan.reduction == "mean" else mean_tokens(study)
-    return scale / study.horizon * root
+    if study.moments:
+        moments, unit = planned_moments(study.moments, study.plan), scale
+    elif study.batch:
+        fit = {"batch": study.batch, "budget": study.budget, "progress": study.progress}
+        moments, unit = fit_moments(study.model, study.rows, study.plan, **fit), 1.0
+    else:
+        raise AttributionError(
+            "adam-cg needs Adam's second moments: --optimizer-state-path, or --train-batch-size to work them out"
+        )
+    root = torch.cat([moments[each.path].sqrt().flatten() for each in study.plan.modules])
+    return (unit * root + scale * EPSILON) / study.horizon
 
 
 def mean_tokens(study: Study) -> float:
@@ -64,7 +70,9 @@ class AdamCg(Estimator):
     """CG on the exact Gauss-Newton matrix, damped in the metric of Adam."""
 
     name: ClassVar[str] = "adam-cg"
-    needs: ClassVar[str] = "factors over the rows, Adam's moments (fitted, or the optimiser's); whole gradients"
+    needs: ClassVar[str] = (
+        "the training's Σ of learning rates and its optimiser's moments or batch size; factors (fitted)"
+    )
     cost: ClassVar[str] = "4 passes + solver"
     source: ClassVar[str] = "Bae et al. 2024 (SOURCE), section 3; Wang et al. 2025 (ASTRA), section 3"
 

@@ -9,7 +9,7 @@ import click
 
 from trace_cli._options import capture_options, grouped_data_options, model_options
 
-_OWN = ("damping", "seed", "solver_rows", "solver_steps", "optimizer_state", "horizon", "top_k")
+_OWN = ("damping", "seed", "solver_rows", "solver_steps", "optimizer_state", "horizon", "batch", "top_k")
 
 
 @click.command("method")
@@ -39,7 +39,10 @@ _OWN = ("damping", "seed", "solver_rows", "solver_steps", "optimizer_state", "ho
     type=click.Path(exists=True),
     help="An optimizer.pt, or its folder: moments for adam-cg, less and --normalizer. Without it they are fitted.",
 )
-@click.option("--horizon", default=0.0, help="Sum of the training's learning rates, step by step, for adam-cg.")
+@click.option("--horizon", default=0.0, help="Sum of the training's learning rates over its steps, for adam-cg.")
+@click.option(
+    "--train-batch-size", "batch", default=0, help="Rows a step of the training, for adam-cg without moments."
+)
 @click.option("--damping", default=0.1, show_default=True, help="Relative to each module's mean eigenvalue.")
 @click.option("--use-dataset-labels", is_flag=True, help="Empirical Fisher: the dataset's labels instead of sampled.")
 @click.option("--seed", default=0, show_default=True, help="Of sampled labels and sketches.")
