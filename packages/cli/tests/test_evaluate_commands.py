@@ -14,10 +14,17 @@ def test_ground_truth_is_made_and_methods_judged(trace, models, dataset, tmp_pat
     done = trace("evaluate", "make", tmp_path / "truth", *options, *query, *run)
     assert done.code == 0, done.err
     assert "50% of 30 rows dropped" in done.out
-    found = trace(
-        "evaluate", "lds", tmp_path / "truth", "--method", "grad-dot", "--plot", tmp_path / "lds.png", "--json"
-    ).json
-    assert {row["method"] for row in found} == {"grad-dot", "bm25", "loss", "length", "random", "noise ceiling"}
+    methods = ["--method", "grad-dot", "--method", "adam-cg"]  # which is told how the truth was trained
+    found = trace("evaluate", "lds", tmp_path / "truth", *methods, "--plot", tmp_path / "lds.png", "--json").json
+    assert {row["method"] for row in found} == {
+        "grad-dot",
+        "adam-cg",
+        "bm25",
+        "loss",
+        "length",
+        "random",
+        "noise ceiling",
+    }
     assert (tmp_path / "lds.png").stat().st_size > 1000
     again = trace("evaluate", "lds", tmp_path / "truth", "--scores", f"mine={tmp_path}/truth/scores/grad-dot")
     assert "mine" in again.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -237,3 +238,18 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         truth.require_shape(np.full((2, 5), np.nan), "mine")
     with pytest.raises(AttributionError, match="between 0 and 1"):
         Recipe(drops=(1.0,))
+
+
+def test_methods_are_told_how_the_ground_truth_was_trained(world, tmp_path):
+    """Σ of the rates of the schedule that `train_on` has, and the size of its batches."""
+    from attribute.evaluate._truth import training_of
+
+    model, rows, queries = world
+    truth = make_truth(tmp_path / "t", model, rows, queries, ([""] * 12, [""] * 2), replace(RECIPE, again=False))
+    steps = RECIPE.epochs * -(-12 // RECIPE.batch_size)
+    rates = [RECIPE.learning_rate * (1 - step / steps) for step in range(steps)]
+    expected = {"horizon": pytest.approx(sum(rates)), "batch": RECIPE.batch_size}
+    assert training_of(truth.path, 12) == expected
+    (truth.path / "training.json").write_text(json.dumps({"learning_rates": rates, "batch": RECIPE.batch_size}))
+    assert training_of(truth.path, 12) == expected
+    assert training_of(tmp_path, 12) == {}

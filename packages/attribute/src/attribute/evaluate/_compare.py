@@ -12,7 +12,7 @@ import numpy as np
 from attribute._errors import AttributionError
 from attribute.config import DataConfig, IndexConfig
 from attribute.evaluate._lds import linear_datamodelling_score, noise_ceiling
-from attribute.evaluate._truth import QUERIES, TRAIN, GroundTruth
+from attribute.evaluate._truth import QUERIES, TRAIN, GroundTruth, training_of
 from attribute.influence import run_method
 from attribute.progress import Progress
 from gradstore import ScoreStore
@@ -87,7 +87,8 @@ def collect_scores(
             train, queries = (DataConfig(dataset=str(Path(truth) / side)) for side in (TRAIN, QUERIES))
             everything = tuple(modules) == ("*",)
             config = IndexConfig(model=str(truth), modules=tuple(modules), include_bias=everything, data=train)
-            run_method(kept, name, config, queries, progress=progress)
+            training = training_of(Path(truth), GroundTruth.open(truth).rows)
+            run_method(kept, name, config, queries, **training, progress=progress)
         scores[name] = scores_of(kept)
     if not scores:
         raise AttributionError("nothing to judge: --scores RUN or --method NAME")

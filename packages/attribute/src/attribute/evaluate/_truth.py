@@ -10,7 +10,9 @@ count, and ``text``), the trained model (``config.json`` …), and ``losses.npz`
 ``again_N [s, q]``     the same subsets trained with another seed, for the noise ceiling (optional)
 =====================  =====================================================================
 
-``N`` names a bank, such as ``50`` for half of the rows dropped. ``recipe.json``, if there, says how it was made.
+``N`` names a bank, such as ``50`` for half of the rows dropped. How it was trained is for the methods that ask for it,
+and is read from ``recipe.json``, as ``trace evaluate make`` writes it, or from a ``training.json`` with
+``learning_rates``, one a step, and ``batch``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,19 @@ from attribute.data import Row, TokenFile, TokenFileWriter
 from gradcore import IGNORE
 
 LOSSES, TRAIN, QUERIES = "losses.npz", "train.jsonl", "queries.jsonl"
+
+
+def training_of(folder: Path, rows: int) -> dict[str, Any]:
+    """Σ of the learning rates and rows a step of the training, for :func:`attribute.influence.run_method`, if known."""
+    if (file := folder / "training.json").is_file():
+        told = json.loads(file.read_text())
+        return {"horizon": float(sum(told["learning_rates"])), "batch": int(told["batch"])}
+    if (file := folder / "recipe.json").is_file():
+        told = json.loads(file.read_text())
+        if {"epochs", "batch_size", "learning_rate"} <= set(told):
+            steps = told["epochs"] * -(-rows // told["batch_size"])
+            return {"horizon": told["learning_rate"] * (steps + 1) / 2, "batch": told["batch_size"]}
+    return {}
 
 
 @dataclass(frozen=True)
