@@ -58,12 +58,14 @@ def main() -> None:
     actions = {name: ways[name]() for name in names}
     seconds = interleaved(actions, options.repeats)
     del actions
-    peaks = {name: _peak(name) - _peak("") for name in names} if options.memory else {}
     print(f"{options.shape}: {tokens} tokens in {len(batches)} batches, {torch.get_num_threads()} threads")
     for name in names:
-        row = f"{name:32s} {tokens / seconds[name]:9.0f} tokens/s  {seconds['floor'] / seconds[name]:5.2f} of the floor"
-        row += f"  {seconds['plain'] / seconds[name]:5.2f} x plain"
-        print(row + (f"  {peaks[name] / 1e6:6.2f} GB" if peaks else ""))
+        row = f"{name:40s} {tokens / seconds[name]:9.0f} tokens/s  {seconds['floor'] / seconds[name]:5.2f} of the floor"
+        print(f"{row}  {seconds['plain'] / seconds[name]:5.2f} x plain", flush=True)
+    if options.memory:
+        nothing = _peak("")
+        for name in names:
+            print(f"{name:40s} {(_peak(name) - nothing) / 1e6:6.2f} GB", flush=True)
 
 
 def _batches(options: argparse.Namespace) -> tuple[list, int]:
