@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 
 from attribute import GradientCollectorCallback, prepare_for_gradient_collection
 from gradstore import GradientStore
@@ -113,12 +112,3 @@ def require_sums(store, gradients, root, tolerance=1e-4, first=0):
             rows = store.block(0, store.rows, [name])[steps == first + step]
             expected = gradients.of(step, name, root)
             close(rows.sum(0).reshape(expected.shape), expected, tolerance)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return model

@@ -16,8 +16,8 @@ from attribute_grpo import (
     require_sums,
     trainer_of,
     whole,
-    without_dropout,
 )
+from attribute_training import without_dropout
 
 transformers = pytest.importorskip("transformers")
 
