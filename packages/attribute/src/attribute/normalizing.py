@@ -149,30 +149,27 @@ def fit_moments(
         for chosen in plan_batches(tokens.lengths, rows, budget):
             finite_losses(model, assemble(tokens, chosen, model.device), plan).sum().backward()
             for name, parts in calls.items():
-                for held, found in zip((sums, totals), _squares(ModuleGradient.joined(parts))):
-                    held[name] = found if name not in held else held[name].add_(found)
+                joined = ModuleGradient.joined(parts)
+                sums[name] = _power_sum(joined, 2, sums.get(name))
+                if batch > 1:
+                    totals[name] = _power_sum(joined, 1, totals.get(name))
             calls.clear()
             progress.advance(int(tokens.lengths[chosen].sum()))
     progress.stop()
-    found = dict[str, Tensor]()
-    for name, squares in sums.items():
-        mean = (totals[name] / len(rows)).square_()
-        found[name] = (mean + (squares / len(rows) - mean) / batch).float().cpu()
-    return found
+    found = {name: each / len(rows) for name, each in sums.items()}
+    for name, total in totals.items():
+        mean = (total / len(rows)).square_()
+        found[name] = mean + (found[name] - mean) / batch
+    return {name: each.float().cpu() for name, each in found.items()}
 
 
-def _squares(gradient: ModuleGradient) -> tuple[Tensor, Tensor]:
-    """``Σ_n G_n²`` and ``Σ_n G_n``, each ``[out, in]``, of a batch, in blocks of rows."""
-    squares: Tensor | None = None
-    total: Tensor | None = None
+def _power_sum(gradient: ModuleGradient, power: int, total: Tensor | None) -> Tensor:
+    """``Σ_n G_n`` or ``Σ_n G_n²`` ``[out, in]`` of a batch, in blocks of rows, added to what there is."""
     for _, block in gradient.blocks():
-        part = block.sum(0, dtype=torch.float64)
+        part = (block.square() if power == 2 else block).sum(0, dtype=torch.float64)
         total = part if total is None else total.add_(part)
-        part = block.square_().sum(0, dtype=torch.float64)
-        squares = part if squares is None else squares.add_(part)
-    assert squares is not None
     assert total is not None
-    return squares, total
+    return total
 
 
 def _whole_modules(model: LanguageModel, plan: CapturePlan) -> tuple[ModulePlan, ...]:
