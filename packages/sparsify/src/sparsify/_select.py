@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_VECTORISED = (torch.float32, torch.float64, torch.bfloat16)
+
 
 class Selection(NamedTuple):
     """Chosen products of each row, padded to a common width.
@@ -152,32 +154,33 @@ def row_topk(block: Tensor, k: int, *, in_order: bool = False) -> tuple[Tensor, 
 
     The k largest of a row lie in the k groups with the largest maxima, so a maximum per group (one vectorised pass)
     leaves k · g candidates of M. Both choices are made by value: numpy's vectorised quickselect finds the k-th largest,
-    and the places at or above it are the choice, unless a tie makes them too many. torch.topk visits (value, index)
-    pairs one by one, at M = 2,048 three times as long as the encoder's product takes.
+    and the places at or above it are the choice, unless a tie makes them too many (bf16 carries its place along).
+    torch.topk visits (value, index) pairs one by one, at M = 2,048 three times as long as the encoder's product takes.
     """
     width = block.shape[-1]
-    if block.device.type == "cpu" and block.dtype == torch.bfloat16:
-        values, indices = row_topk(block.float(), k, in_order=in_order)
-        return values.to(block.dtype), indices
-    if block.device.type != "cpu" or block.dtype not in (torch.float32, torch.float64) or 2 * k > width:
+    if block.device.type != "cpu" or block.dtype not in _VECTORISED or 2 * k > width:
         values, indices = block.topk(k, dim=-1, sorted=in_order)
         return values, indices
-    groups = _group_size(width, k)
-    if groups == 1:
-        indices = _largest(block, k)
-        values = block.gather(-1, indices)
-    else:
-        # Groups are strided, so that the maximum runs over whole vectors.
-        best = _largest(block.view(-1, groups, width // groups).amax(1), k)
-        offsets = torch.arange(0, width, width // groups)
-        candidates = (best[:, None, :] + offsets[:, None]).flatten(1)
-        held = block.gather(-1, candidates)
-        chosen = _largest(held, k)
-        values, indices = held.gather(-1, chosen), candidates.gather(-1, chosen)
+    values, indices = _by_groups(block, k)
     if in_order:
         values, order = values.sort(-1, descending=True)
         indices = indices.gather(-1, order)
     return values, indices
+
+
+def _by_groups(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    width = block.shape[-1]
+    groups = _group_size(width, k)
+    if groups == 1:
+        indices = largest(block, k)
+        return block.gather(-1, indices), indices
+    # Groups are strided, so that the maximum runs over whole vectors.
+    best = largest(block.view(-1, groups, width // groups).amax(1), k)
+    offsets = torch.arange(0, width, width // groups)
+    candidates = (best[:, None, :] + offsets[:, None]).flatten(1)
+    held = block.gather(-1, candidates)
+    chosen = largest(held, k)
+    return held.gather(-1, chosen), candidates.gather(-1, chosen)
 
 
 def _group_size(width: int, k: int) -> int:
@@ -186,14 +189,28 @@ def _group_size(width: int, k: int) -> int:
     return min(fitting, key=lambda g: width / g + k * g, default=1)
 
 
-def _largest(block: Tensor, k: int) -> Tensor:
-    """Positions of each row's k largest, in no order, on as many threads as torch may use."""
+def largest(block: Tensor, k: int) -> Tensor:
+    """Positions of each row's k largest (N, k), in no order, on as many threads as torch may use; for CPUs."""
+    choose = _positions
+    if block.dtype == torch.bfloat16:
+        if block.shape[-1] > 1 << 16:
+            return largest(block.float(), k)
+        # A number of 16 bits and its place in a word of 32: no ties, and the words that are largest tell their places.
+        words = block.detach().contiguous().view(torch.int16).int().bitwise_left_shift_(16)
+        block = words.bitwise_or_(torch.arange(block.shape[-1], dtype=torch.int32)).view(torch.float32)
+        choose = _places
     rows = block.detach().numpy()
     threads = min(torch.get_num_threads(), max(1, rows.size >> 17))
     if threads == 1:
-        return torch.from_numpy(_positions(rows, k))
-    parts = _pool(threads).map(lambda part: _positions(part, k), np.array_split(rows, threads))
+        return torch.from_numpy(choose(rows, k))
+    parts = _pool(threads).map(lambda part: choose(part, k), np.array_split(rows, threads))
     return torch.from_numpy(np.concatenate(list(parts)))
+
+
+def _places(words: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
+    width = words.shape[-1]
+    best = np.ascontiguousarray(np.partition(words, width - k, axis=-1)[:, width - k :])
+    return (best.view(np.uint32) & 0xFFFF).astype(np.int64)
 
 
 def _positions(rows: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
