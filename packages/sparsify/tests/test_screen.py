@@ -8,7 +8,7 @@ from sparsify import Sae, SaeConfig, _screen, _sparse
 from sparsify._screen import screened_topk
 from sparsify._select import row_topk
 
-_N, _D, _M, _K = 96, 64, 2048, 8
+_N, _D, _M, _K = 300, 64, 2048, 8  # more rows than a trial has
 
 
 def _factors(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,11 +53,22 @@ def test_rounding_alone_would_choose_otherwise():
 @pytest.mark.parametrize("kind", ["random", "alike", "uneven", "negative"])
 def test_bound_covers_what_rounding_hides(kind):
     x, weight, bias = _factors(kind)
-    _, least = _screen._candidates(x, weight, bias, 2 * _K)
+    screen = _screen._Screen(weight, bias, _K)
+    _, least = screen.candidates(x)
     rounded = torch.addmm(bias.bfloat16(), x.bfloat16(), weight.bfloat16().T).float()
     exact = x.double() @ weight.double().T + bias.double()
     hidden = (exact - least[:, None]).masked_fill(rounded > least[:, None], float("-inf")).amax(1)
-    assert (hidden <= _screen._hidden(x, weight, bias, least)).all()
+    assert (hidden <= screen.hidden(x, least)).all()
+
+
+@pytest.mark.parametrize(("kind", "again"), [("random", 0), ("uneven", _N)])
+def test_screening_gives_up_where_it_proves_nothing(kind, again, monkeypatch):
+    rows = []
+    in_full = _screen._Screen.in_full
+    monkeypatch.setattr(_screen._Screen, "in_full", lambda self, x: (rows.append(len(x)), in_full(self, x))[1])
+    screened_topk(*_factors(kind), _K)
+    assert sum(rows) <= 0.1 * _N if not again else sum(rows) == again
+    assert len(rows) <= 2
 
 
 def test_values_that_are_not_finite_reach_the_guard():

@@ -101,7 +101,8 @@ class TrainConfig:
     """Chunks into which a batch's activations are split before they enter the coder."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the base model and of the products by which latents are chosen; weights, values and gradients of the coders
-    stay fp32. auto: bf16 on a GPU that has it; elsewhere fp32 and the model as saved. CPUs with avx512_bf16 or AMX gain from bf16."""
+    stay fp32. auto: bf16 on a GPU that has it; elsewhere fp32 and the model as saved. CPUs gain from bf16 where they
+    have avx512_bf16 or AMX."""
     loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
     """fvu: reconstruction. ce, kl: end to end, through the model with every coder spliced in."""
     optimizer: Literal["adam", "signum", "muon"] = "adam"
