@@ -1,5 +1,6 @@
 """The program as its console script runs it: nothing printed, registered or refused is lost by the quick exit."""
 
+import os
 import subprocess
 import sys
 
@@ -50,3 +51,20 @@ def test_reader_that_leaves():
     )
     assert reader.stdout == "Usage"
     assert "Traceback" not in reader.stderr
+
+
+@pytest.mark.parametrize(("to", "code", "said"), [(">&-", 0, ""), (">/dev/full", 1, "No space left on device")])
+def test_output_that_goes_nowhere(to, code, said):
+    script = """
+import sys
+from trace_cli import _program
+_program.main = lambda: sys.stdout and sys.stdout.write("answer")
+_program.program()
+"""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["bash", "-c", f'"$1" -c "$2" {to}', "-", sys.executable, script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=buffered)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+    assert said in ended.stderr
+    assert bool(ended.stderr) == bool(said)

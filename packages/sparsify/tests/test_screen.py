@@ -22,6 +22,13 @@ def _factors(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         bias[9] = 1000
     elif kind == "negative":  # nothing is above zero
         bias -= 100
+    elif kind == "tiny":  # squares vanish
+        x, bias = 1e-27 * x, 0 * bias
+    elif kind == "huge":  # infinite in bf16
+        x[0], weight[:, 0] = 0.0, 1e-3 * weight[:, 0]
+        x[0, 0] = 3.4e38
+    elif kind == "switched off":
+        bias[4:] = -torch.inf
     elif kind == "one token":
         x = x[:1]
     elif kind == "no token":
@@ -29,7 +36,7 @@ def _factors(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, weight, bias
 
 
-@pytest.mark.parametrize("kind", ["random", "alike", "uneven", "negative", "one token", "no token"])
+@pytest.mark.parametrize("kind", ["random", "alike", "uneven", "negative", "tiny", "one token", "no token"])
 def test_choice_is_that_of_full_products(kind):
     x, weight, bias = _factors(kind)
     exact = x.double() @ weight.double().T + bias.double()
@@ -71,6 +78,13 @@ def test_screening_gives_up_where_it_proves_nothing(kind, again, monkeypatch):
     assert len(rows) <= 2
 
 
+@pytest.mark.parametrize("kind", ["huge", "switched off"])
+def test_infinite_products_are_chosen_as_in_full(kind):
+    x, weight, bias = _factors(kind)
+    found = screened_topk(x, weight, bias, _K).values.sort(1, descending=True).values
+    torch.testing.assert_close(found, torch.addmm(bias, x, weight.T).topk(_K, dim=1).values)
+
+
 def test_values_that_are_not_finite_reach_the_guard():
     x, weight, bias = _factors("random")
     x[3, 0] = float("nan")
@@ -88,6 +102,8 @@ def test_bf16_blocks_are_ranked_with_their_places(width):
     block = torch.randn(5, width).bfloat16()
     block[0] = 1.0  # nothing but ties
     block[1, ::2] = -0.0
+    block[2, ::2] = -torch.inf
+    block[3, 5], block[3, 7] = torch.inf, -torch.inf
     values, indices = row_topk(block, 16)
     assert torch.equal(values.sort(1, descending=True).values, block.topk(16, dim=1).values)
     assert torch.equal(values, block.gather(1, indices))
@@ -111,10 +127,11 @@ def test_a_coder_that_screens_learns_the_same(monkeypatch):
 
 
 def test_screens_only_where_it_pays():
-    x, weight = torch.zeros(4, 512), torch.zeros(8192, 512)
+    x, weight = torch.zeros(1024, 512), torch.zeros(8192, 512)
     assert _screen.screens(x, weight, 32) == _screen._fast_bf16()
+    assert not _screen.screens(x[1:], weight, 32)
     assert not _screen.screens(x.double(), weight.double(), 32)
-    assert not _screen.screens(x, weight, 1024)
+    assert not _screen.screens(x, weight, 65)
     assert not _screen.screens(x[:, :64], weight[:, :64], 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert not _screen.screens(x, weight, 32)

@@ -28,6 +28,9 @@ def program() -> None:
     except SystemExit as left:
         status.code = left.code if isinstance(left.code, int) else int(left.code is not None)
         raise
+    except KeyboardInterrupt:
+        status.code = 130
+        raise
     status.code = 0
 
 
@@ -36,9 +39,14 @@ class _Status:
 
     def leave(self) -> None:
         logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # the reader of a pipe has gone
-                pass
-        os._exit(self.code)
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None and not stream.closed:
+                    stream.flush()
+        except BrokenPipeError:  # the reader has gone
+            pass
+        except OSError as error:  # a full disk: what was said before did not arrive
+            self.code = self.code or 1
+            os.write(2, f"error: {error.strerror} while writing the output\n".encode())
+        finally:
+            os._exit(self.code)

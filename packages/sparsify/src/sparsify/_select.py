@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MINUS_INFINITY = -128  # of bf16, as a whole number of 16 bits; one less is the least finite number
 _VECTORISED = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -196,8 +197,13 @@ def largest(block: Tensor, k: int) -> Tensor:
         if block.shape[-1] > 1 << 16:
             return largest(block.float(), k)
         # A number of 16 bits and its place in a word of 32: no ties, and the words that are largest tell their places.
-        words = block.detach().contiguous().view(torch.int16).int().bitwise_left_shift_(16)
-        block = words.bitwise_or_(torch.arange(block.shape[-1], dtype=torch.int32)).view(torch.float32)
+        words = block.detach().contiguous().view(torch.int16).int()
+        words.sub_((words == _MINUS_INFINITY).int())  # with a place it were not a number, and those rank first
+        block = (
+            words.bitwise_left_shift_(16)
+            .bitwise_or_(torch.arange(block.shape[-1], dtype=torch.int32))
+            .view(torch.float32)
+        )
         choose = _places
     rows = block.detach().numpy()
     threads = min(torch.get_num_threads(), max(1, rows.size >> 17))
