@@ -37,6 +37,7 @@ from probing import (
     TrainPlan,
     evaluate,
     fit,
+    fit_many,
 )
 from probing._losses import soft_nearest_neighbour
 from probing._prefix import Prefix
@@ -144,7 +145,22 @@ def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int, deca
             if modulus == 113:
                 full, circuit, kept, ablated = PUBLISHED[part, variable]
                 print(f"      published {full:9.3f} {circuit:8.3f} {kept:8d} {'':9} {ablated:9.3f}")
+        rows.append(together(model, part, task, probe_epochs))
     return {"modulus": modulus, "epochs": epochs, "base_accuracy": base, "rows": rows}
+
+
+def together(model, part: str, task, probe_epochs: int) -> dict:
+    """The probes of all variables as one batch."""
+    ids = {"input_ids": task.ids[task.train]}
+    data = [ProbeData.at_last(ids, values[task.train]) for values in task.variables.values()]
+    probes = [new_probe(model, part) for _ in data]
+    began = time.process_time()
+    traces = fit_many(probes, data, TrainPlan(epochs=probe_epochs))
+    seconds = (time.process_time() - began) / len(probes)
+    step = 1e3 * seconds / len(traces[0].loss)
+    kept = " ".join(str(each.circuit.compute_l0_statistics()["total_l0"]) for each in probes)
+    print(f"{part:5} all {len(probes)} together (fit_many), kept {kept:28} {'':18} {seconds:9.2f} {step:8.1f}")
+    return {"part": part, "together": len(probes), "seconds": seconds, "ms_step": step}
 
 
 def gpt2_small_step(rows: int = 500, positions: int = 15) -> dict:
