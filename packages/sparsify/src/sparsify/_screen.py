@@ -15,11 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify._select import Selection, joined, largest, row_topk
+from sparsify._select import BLOCK_BYTES, Selection, joined, largest, row_topk
 from sparsify.kernels import kernels_for
 
-BLOCK_BYTES = 24 << 20
-"""As for the blocks of all products: what glibc reuses instead of mapping it again."""
 _OFFERED = 2  # candidates for each latent that is kept
 _LEAST_SHARE = 128  # latents for each that is kept: candidates cost, too
 _LEAST_WIDTH, _LEAST_LATENTS = 256, 4096  # below, the product is too small a part of the step

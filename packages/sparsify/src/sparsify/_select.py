@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BLOCK_BYTES = 24 << 20
+"""Size of a block of products. Above 32 MiB glibc maps and unmaps the block on every use; below, it is reused."""
 _MINUS_INFINITY = -128  # of bf16, as a whole number of 16 bits; one less is the least finite number
 _VECTORISED = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsify._screen import screened_topk, screens
-from sparsify._select import Rule, Selection, TopK
+from sparsify._select import BLOCK_BYTES, Rule, Selection, TopK
 from sparsify.kernels import kernels_for
 
-BLOCK_BYTES = 24 << 20
-"""Size of a block of products. Above 32 MiB glibc maps and unmaps the block on every use; below, it is reused."""
 DENSE_SHARE = 8
 """A code wider than M / 8 is cheaper to differentiate by dense products."""
 
@@ -195,9 +193,9 @@ class _Decode(torch.autograd.Function):
 
 def _sweep(x: Tensor, weight: Tensor, bias: Tensor, rules: Sequence[Rule]) -> list[Selection]:
     """Run every rule over the blocks of products; a rule that asks for it gets another sweep."""
-    (first, *others) = rules
-    if isinstance(first, TopK) and not first.in_order and not others and screens(x, weight, first.k):
-        return [screened_topk(x, weight, bias, first.k)]
+    match rules:
+        case [TopK(k, in_order=False)] if screens(x, weight, k):
+            return [screened_topk(x, weight, bias, k)]
     done: list[Selection | None] = [None] * len(rules)
     while any(s is None for s in done):
         parts: dict[int, list[Selection]] = {i: [] for i, s in enumerate(done) if s is None}
