@@ -1,10 +1,10 @@
 """What sketches keep: cosines of sketched gradients against exact ones, at equal floats a module, on two real models.
 
-    python benchmarks/sketch_fidelity.py [--rows 100] [--sample 200] [--floats 64 256 1024]
+    python benchmarks/sketch_fidelity.py [--rows 100] [--sample 200] [--floats 64 256 1024] [--seeds 3]
 
 Every linear layer; the spectral basis is fitted on documents that are not compared. Printed are the mean Spearman
 correlation of cosines, the share of the five nearest rows that are found, and the error of inner products; means over
-three seeds where a sketch is random. "by energy" is a tensor sketch whose modules share the floats.
+seeds where a sketch is random, and under them how far those means themselves spread. "by energy" is a tensor sketch whose modules share the floats.
 The last lines are the relative noise of a rank-1 gradient's squared norm, over 2,000 seeds.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--floats", type=int, nargs="*", default=[64, 256, 1024])
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     for name, texts in (
         ("llama-stories260k", pieces("tinystories-0.9mb.txt", 600)),
@@ -58,11 +59,11 @@ def main() -> None:
                 found = [tokenizer(texts[i], truncation=True, max_length=model.context)["input_ids"] for i in chosen]
                 rows = [Row(np.array(ids), np.ones(len(ids), dtype=bool), {}) for ids in found]
                 tokens[part] = TokenFileWriter(Path(folder, part), model.vocabulary).write(rows)
-            measure(name, model, tokens["rows"], tokens["sample"], args.floats)
+            measure(name, model, tokens["rows"], tokens["sample"], args.floats, args.seeds)
     noise()
 
 
-def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[int]) -> None:
+def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[int], seeds: int) -> None:
     plan = model.plan(IndexConfig(projection_dim=0))
     exact = torch.from_numpy(gradients_of(model, rows, plan))
     print(f"{name}: {len(plan.modules)} modules, {plan.width:,} exact floats, {len(rows)} rows, {len(sample)} to fit")
@@ -81,20 +82,17 @@ def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[i
         run_windows(model, sample, windows, [], capturing_nothing(model, plan), budget=4096)
 
     for count in floats:
-        two = [judged(replace(plan, sketch=TwoSided(round(count**0.5), seed=seed))) for seed in range(3)]
-        tensor = [judged(tensor_plan(plan, count, seed)) for seed in range(3)]
-        shared = [judged(share_by_energy(model, sample, tensor_plan(plan, count, s), budget=4096)) for s in range(3)]
+        two = [judged(replace(plan, sketch=TwoSided(round(count**0.5), seed=seed))) for seed in range(seeds)]
+        tensor = [judged(tensor_plan(plan, count, seed)) for seed in range(seeds)]
+        shared = [judged(share_by_energy(model, sample, tensor_plan(plan, count, s), budget=4096)) for s in range(seeds)]
         spectral = judged(fit_spectral(model.base, plan, run, floats=count))
         fitted = fit_spectral(model.base, plan, run, total=count * len(plan.modules))
-        columns = (
-            np.mean(two, 0),
-            np.mean(tensor, 0),
-            np.mean(shared, 0),
-            spectral,
-            judged(fitted),
-            judged(with_residual(fitted)),
-        )
+        columns = [np.mean(each, 0) for each in (two, tensor, shared)]
+        columns += [spectral, judged(fitted), judged(with_residual(fitted))]
         print(f"{count:16,} " + " ".join(f"{s:7.4f} {o:4.2f} {e:6.4f}" for s, o, e in columns), flush=True)
+        if seeds > 1:
+            spread = [np.std([s for s, _, _ in each], ddof=1) / seeds**0.5 for each in (two, tensor, shared)]
+            print(f"{'±':>16} " + " ".join(f"{each:7.4f} {'':11}" for each in spread), flush=True)
     assert isinstance(plan.sketch, Identity)
 
 

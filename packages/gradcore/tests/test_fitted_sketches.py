@@ -19,6 +19,7 @@ from gradcore import (
     with_residual,
 )
 from gradcore._factors import OneHot
+from gradcore._fit_spectral import _Factors
 from gradcore.sketches.tensor import bound_tensor_sketch
 
 CPU = torch.device("cpu")
@@ -151,6 +152,21 @@ def test_a_basis_as_large_as_the_gradient_is_a_rotation(fitted):
     exact, rows = rows_of(model, part, ids), rows_of(model, spectral, ids)
     assert rows.shape == exact.shape
     assert_close(rows @ rows.T, exact @ exact.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("positions", "out", "into"), [(2, 24, 20), (40, 6, 5)])  # pairs of positions; formed
+def test_a_basis_is_of_positions_and_of_examples_half_and_half(positions, out, into, monkeypatch):
+    monkeypatch.setattr("gradcore._fit_spectral.FORMED", 70)
+    found, batches = _Factors(), [rank_one_sums(out, into, 5, positions), rank_one_sums(out, into, 3, positions)]
+    for g, x in batches:
+        found.add(g, x)
+    expected = [torch.zeros(d, d, dtype=torch.double) for d in (out, out, into, into)]
+    for g, x in ((g, x) for both in batches for g, x in zip(both[0].double(), both[1].double())):
+        gradient = g.T @ x
+        for total, more in zip(expected, (g.T @ g, gradient @ gradient.T, x.T @ x, gradient.T @ gradient)):
+            total += more
+    for side, (one, other) in zip(found.sides(), (expected[:2], expected[2:])):
+        assert_close(side.double(), one / one.trace() + other / other.trace(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_shared_budget_goes_where_the_moments_are(fitted):

@@ -1,4 +1,4 @@
-"""Fitting a spectral sketch: two runs over a sample, one for the covariances of the factors, one for the moments."""
+"""Fitting a spectral sketch: two runs over a sample, one for the bases, one for the moments in them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from gradcore._module_plan import ModulePlan
 from gradcore._plan import CapturePlan
 from gradcore.sketches import Identity, ModuleBasis, Spectral, SpectralBasis
 
-REACH = 5.0
+REACH = 8.0
 """Rows and columns of the corner that is searched, in units of √floats."""
 
+FORMED = 1 << 22
+"""Entries of gradients that are formed at once."""
 
 WIDEST = 16_384
 """Features of a side, above which a matrix has no basis."""
@@ -71,11 +73,11 @@ def fit_spectral(
     most = 4 * math.ceil(total / len(matrices)) if total else floats
     corners: dict[str, _Corner] = {}
     for each in matrices:
-        found = factors[each.name]
-        if found.out is None or found.into is None:
+        found = factors[each.name].sides()
+        if found is None:
             raise CaptureError(f"the sample gave {each.name} no gradient: a basis cannot be fitted to it")
-        rows, columns = _sides(len(found.out), len(found.into), most)
-        corners[each.name] = _Corner(leading(found.out, rows), leading(found.into, columns))
+        rows, columns = _sides(len(found[0]), len(found[1]), most)
+        corners[each.name] = _Corner(leading(found[0], rows), leading(found[1], columns))
         factors[each.name] = _Factors()  # the covariances are no longer needed
     with _accumulating(model, part, corners, outside):
         run()
@@ -158,26 +160,44 @@ def leading(covariance: Tensor, count: int) -> Tensor:
 
 
 class _Factors:
-    """Σ g gᵀ and Σ x xᵀ of one module."""
+    """What the bases of one module are the eigenvectors of.
+
+    A side's matrix is the mean of two, each over its trace: the covariance of the factor over positions, Σ_s g_s g_sᵀ
+    (K-FAC's; Martens & Grosse 2015), and that of gradients over examples, Σ_i G_i G_iᵀ = Σ_i Σ_st (x_s·x_t) g_s g_tᵀ
+    (Shampoo's; Gupta et al. 2018). The second is what coordinates of whole gradients ask for, but has one term an
+    example; the first, with one a position, steadies it where examples are few.
+    """
 
     def __init__(self) -> None:
-        self.out: Tensor | None = None
-        self.into: Tensor | None = None
+        self._by_position: tuple[Tensor, Tensor] | None = None
+        self._by_example: tuple[Tensor, Tensor] | None = None
+
+    def sides(self) -> tuple[Tensor, Tensor] | None:
+        """``[out, out]`` and ``[in, in]``; None before the first gradient."""
+        if self._by_position is None or self._by_example is None:
+            return self._by_example or self._by_position
+        return tuple(map(_mean, self._by_position, self._by_example))  # type: ignore[return-value]
 
     def add(self, out_factor: Tensor, in_factor: Tensor) -> None:
         """Positions of a batch, ``[n, s, d]`` each."""
-        self.out = _plus(self.out, out_factor)
-        self.into = _plus(self.into, in_factor)
+        self._by_position = _plus(self._by_position, _product(out_factor), _product(in_factor))
+        s, out, into = out_factor.shape[1], out_factor.shape[2], in_factor.shape[2]
+        if 2 * s * s * (out + into) + s * (out**2 + into**2) < s * out * into + out * into * (out + into):
+            pairs = out_factor @ out_factor.mT, in_factor @ in_factor.mT  # [n, s, s]
+            of_out = _product(out_factor, pairs[1] @ out_factor)
+            self._by_example = _plus(self._by_example, of_out, _product(in_factor, pairs[0] @ in_factor))
+            return
+        step = max(1, FORMED // (out * into))
+        for some in zip(out_factor.split(step), in_factor.split(step)):
+            self.add_formed(some[0].mT @ some[1])
 
     def add_formed(self, gradient: Tensor) -> None:
-        """Gradients ``[n, out, in]`` whose factors are gone: Σ G Gᵀ and Σ Gᵀ G stand in for those of the factors."""
-        self.out = _plus(self.out, gradient.mT)
-        self.into = _plus(self.into, gradient)
+        """Gradients ``[n, out, in]``, all there is where a normaliser scales every entry."""
+        self._by_example = _plus(self._by_example, _product(gradient.mT), _product(gradient))
 
     def add_vectors(self, gradient: Tensor) -> None:
         """A vector layer's gradient ``[n, d]`` is its own only factor."""
-        self.out = _plus(self.out, gradient[:, None])
-        self.into = gradient.new_ones(1, 1)
+        self._by_example = _plus(self._by_example, gradient.T @ gradient, gradient.new_ones(1, 1))
 
 
 @dataclass
@@ -231,10 +251,19 @@ def _shared(corners: dict[str, _Corner], total: int) -> dict[str, int]:
     return {name: min(max(2, count), corners[name].moments.numel()) for name, count in zip(corners, counts)}
 
 
-def _plus(total: Tensor | None, factor: Tensor) -> Tensor:
-    flat = factor.flatten(0, 1)
-    product = flat.T @ flat
-    return product if total is None else total.add_(product)
+def _mean(one: Tensor, other: Tensor) -> Tensor:
+    traces = (each.trace().clamp_min(torch.finfo(each.dtype).tiny) for each in (one, other))
+    return one / next(traces) + other / next(traces)
+
+
+def _product(left: Tensor, right: Tensor | None = None) -> Tensor:
+    """Σ over examples and positions of the outer products of two factors, or of one with itself."""
+    flat = left.flatten(0, 1)
+    return flat.T @ (flat if right is None else right.flatten(0, 1))
+
+
+def _plus(total: tuple[Tensor, Tensor] | None, out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    return (out, into) if total is None else (total[0].add_(out), total[1].add_(into))
 
 
 def _accumulating(

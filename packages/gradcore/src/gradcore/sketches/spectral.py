@@ -1,10 +1,11 @@
-"""Spectral sketch: the coordinates of a gradient, in the eigenbases of its factors' covariances, that matter most.
+"""Spectral sketch: the coordinates of a gradient, in a Kronecker eigenbasis fitted to a sample, that matter most.
 
-With Q_S, Q_A the eigenvectors of Σ g gᵀ and Σ x xᵀ over a sample (the Kronecker eigenbasis of George et al. 2018,
-"Fast approximate natural gradient descent in a Kronecker-factored eigenbasis"), the entries of Q_Sᵀ G Q_A with the
-largest second moment λ are kept: of all sets of as many coordinates in that basis, these keep most of the sample's
-squared norm. They lie in a corner of few rows and columns, so a token costs 2 · r · (in + out) flops, as a two-sided
-sketch does. `fit_spectral` makes one. The λ stay with the basis: dividing by them is EK-FAC in these coordinates.
+Q_S and Q_A are eigenvectors of K-FAC's and Shampoo's factors, half and half: Σ g gᵀ and Σ G Gᵀ on the output side,
+Σ x xᵀ and Σ Gᵀ G on the input side (George et al. 2018, "Fast approximate natural gradient descent in a
+Kronecker-factored eigenbasis"; Gupta et al. 2018, "Shampoo"). The entries of Q_Sᵀ G Q_A with the largest second moment
+λ are kept: of all sets of as many coordinates in that basis, these keep most of the sample's squared norm. They lie in
+a corner of few rows and columns, so a token costs 2 · r · (in + out) flops, as a two-sided sketch does. `fit_spectral`
+makes one. The λ stay with the basis: dividing by them is EK-FAC in these coordinates.
 
 What the basis leaves out is lost, and with it what sets one text apart from all others. ``residual`` floats keep a
 tensor sketch of it: with P the projection on the kept coordinates, ⟨PG, PH⟩ + ⟨sketch(G − PG), sketch(H − PH)⟩ is an
