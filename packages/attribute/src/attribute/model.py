@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attribute._errors import ModelError
 from attribute._fsdp import load_spread
+from attribute._one_operation import in_one_operation
 from attribute._quantised import QUANTISED, keep_gradients, quantised_options
 from attribute.processes import pick_local
 from gradcore import (
@@ -202,6 +203,7 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
             f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
         )
+    in_one_operation(model)
     if not quantised:
         return LanguageModel.wrap(_moved(model, device), name)
     keep_gradients(model)
