@@ -4,8 +4,9 @@
 
 Every linear layer; the spectral basis is fitted on documents that are not compared. Printed are the mean Spearman
 correlation of cosines, the share of the five nearest rows that are found, and the error of inner products; means over
-seeds where a sketch is random, and under them how far those means themselves spread. "by energy" is a tensor sketch whose modules share the floats.
-The last lines are the relative noise of a rank-1 gradient's squared norm, over 2,000 seeds.
+seeds where a sketch is random, and under them their standard errors. "by energy" is a tensor sketch
+whose modules share the floats. The last lines are the relative noise of a rank-1 gradient's squared norm, over 2,000
+seeds.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def measure(name: str, model, rows: TokenFile, sample: TokenFile, floats: list[i
     for count in floats:
         two = [judged(replace(plan, sketch=TwoSided(round(count**0.5), seed=seed))) for seed in range(seeds)]
         tensor = [judged(tensor_plan(plan, count, seed)) for seed in range(seeds)]
-        shared = [judged(share_by_energy(model, sample, tensor_plan(plan, count, s), budget=4096)) for s in range(seeds)]
+        budgeted = [share_by_energy(model, sample, tensor_plan(plan, count, s), budget=4096) for s in range(seeds)]
+        shared = [judged(each) for each in budgeted]
         spectral = judged(fit_spectral(model.base, plan, run, floats=count))
         fitted = fit_spectral(model.base, plan, run, total=count * len(plan.modules))
         columns = [np.mean(each, 0) for each in (two, tensor, shared)]

@@ -160,13 +160,28 @@ def test_a_basis_is_of_positions_and_of_examples_half_and_half(positions, out, i
     found, batches = _Factors(), [rank_one_sums(out, into, 5, positions), rank_one_sums(out, into, 3, positions)]
     for g, x in batches:
         found.add(g, x)
-    expected = [torch.zeros(d, d, dtype=torch.double) for d in (out, out, into, into)]
-    for g, x in ((g, x) for both in batches for g, x in zip(both[0].double(), both[1].double())):
-        gradient = g.T @ x
-        for total, more in zip(expected, (g.T @ g, gradient @ gradient.T, x.T @ x, gradient.T @ gradient)):
-            total += more
-    for side, (one, other) in zip(found.sides(), (expected[:2], expected[2:])):
-        assert_close(side.double(), one / one.trace() + other / other.trace(), rtol=1e-4, atol=1e-6)
+    sums = [torch.zeros(2, d, d, dtype=torch.double) for d in (out, into)]
+    weights = []
+    for g, x in ((g.double(), x.double()) for g, x in batches):
+        for one, other in zip(g, x):
+            gradient = one.T @ other
+            sums[0] += torch.stack((one.T @ one, gradient @ gradient.T))
+            sums[1] += torch.stack((other.T @ other, gradient.T @ gradient))
+        weights = weights or [each[0].trace() / each[1].trace() for each in sums]
+    for side, (by_position, by_example), weight in zip(found.sides(), sums, weights):
+        assert_close(side.double(), by_position + weight * by_example, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_without_any_gradient_has_a_basis_without_nan():
+    found = _Factors()
+    found.add(torch.zeros(3, 2, 6), torch.randn(3, 2, 5))
+    assert all(side.isfinite().all() for side in found.sides())
+    g, x = rank_one_sums(6, 5, 3, 2)
+    found.add(g, x)  # only now both kinds can be weighed
+    out = sum(one.T @ one for one in g)
+    gradients = [one.T @ other for one, other in zip(g, x)]
+    by_example = sum(each @ each.T for each in gradients)
+    assert_close(found.sides()[0], out + by_example * out.trace() / by_example.trace(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shared_budget_goes_where_the_moments_are(fitted):

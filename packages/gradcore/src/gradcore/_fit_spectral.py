@@ -162,42 +162,53 @@ def leading(covariance: Tensor, count: int) -> Tensor:
 class _Factors:
     """What the bases of one module are the eigenvectors of.
 
-    A side's matrix is the mean of two, each over its trace: the covariance of the factor over positions, Σ_s g_s g_sᵀ
-    (K-FAC's; Martens & Grosse 2015), and that of gradients over examples, Σ_i G_i G_iᵀ = Σ_i Σ_st (x_s·x_t) g_s g_tᵀ
-    (Shampoo's; Gupta et al. 2018). The second is what coordinates of whole gradients ask for, but has one term an
-    example; the first, with one a position, steadies it where examples are few.
+    A side's matrix is a sum of two: the covariance of the factor over positions, Σ_s g_s g_sᵀ (K-FAC's; Martens &
+    Grosse 2015), and that of gradients over examples, Σ_i G_i G_iᵀ = Σ_i Σ_st (x_s·x_t) g_s g_tᵀ (Shampoo's; Gupta et
+    al. 2018), weighed so that their traces are equal in the first batch. The second is what coordinates of whole
+    gradients ask for, but has one term an example; the first, with one a position, steadies it where examples are few.
     """
 
     def __init__(self) -> None:
-        self._by_position: tuple[Tensor, Tensor] | None = None
-        self._by_example: tuple[Tensor, Tensor] | None = None
+        self._sides: tuple[Tensor, Tensor] | None = None
+        self._weights = [0.0, 0.0]
 
     def sides(self) -> tuple[Tensor, Tensor] | None:
         """``[out, out]`` and ``[in, in]``; None before the first gradient."""
-        if self._by_position is None or self._by_example is None:
-            return self._by_example or self._by_position
-        return tuple(map(_mean, self._by_position, self._by_example))  # type: ignore[return-value]
+        return self._sides
 
     def add(self, out_factor: Tensor, in_factor: Tensor) -> None:
         """Positions of a batch, ``[n, s, d]`` each."""
-        self._by_position = _plus(self._by_position, _product(out_factor), _product(in_factor))
-        s, out, into = out_factor.shape[1], out_factor.shape[2], in_factor.shape[2]
-        if 2 * s * s * (out + into) + s * (out**2 + into**2) < s * out * into + out * into * (out + into):
-            pairs = out_factor @ out_factor.mT, in_factor @ in_factor.mT  # [n, s, s]
-            of_out = _product(out_factor, pairs[1] @ out_factor)
-            self._by_example = _plus(self._by_example, of_out, _product(in_factor, pairs[0] @ in_factor))
-            return
-        step = max(1, FORMED // (out * into))
-        for some in zip(out_factor.split(step), in_factor.split(step)):
-            self.add_formed(some[0].mT @ some[1])
+        by_position, by_example = (_product(out_factor), _product(in_factor)), _by_example(out_factor, in_factor)
+        if not all(self._weights):  # until a batch has a gradient there
+            self._weights = [_ratio(one, other) for one, other in zip(by_position, by_example)]
+        out, into = (one.add_(other, alpha=w) for one, other, w in zip(by_position, by_example, self._weights))
+        self._sum(out, into)
 
     def add_formed(self, gradient: Tensor) -> None:
         """Gradients ``[n, out, in]``, all there is where a normaliser scales every entry."""
-        self._by_example = _plus(self._by_example, _product(gradient.mT), _product(gradient))
+        self._sum(_product(gradient.mT), _product(gradient))
 
     def add_vectors(self, gradient: Tensor) -> None:
         """A vector layer's gradient ``[n, d]`` is its own only factor."""
-        self._by_example = _plus(self._by_example, gradient.T @ gradient, gradient.new_ones(1, 1))
+        self._sum(gradient.T @ gradient, gradient.new_ones(1, 1))
+
+    def _sum(self, out: Tensor, into: Tensor) -> None:
+        self._sides = (out, into) if self._sides is None else (self._sides[0].add_(out), self._sides[1].add_(into))
+
+
+def _by_example(out_factor: Tensor, in_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ G Gᵀ and Σ Gᵀ G over the examples of a batch, by products of pairs of positions where those are fewer."""
+    s, out, into = out_factor.shape[1], out_factor.shape[2], in_factor.shape[2]
+    if 2 * s * s * (out + into) + s * (out**2 + into**2) < s * out * into + out * into * (out + into):
+        pairs = out_factor @ out_factor.mT, in_factor @ in_factor.mT  # [n, s, s]
+        return _product(out_factor, pairs[1] @ out_factor), _product(in_factor, pairs[0] @ in_factor)
+    sides = out_factor.new_zeros(out, out), out_factor.new_zeros(into, into)
+    step = max(1, FORMED // (out * into))
+    for left, right in zip(out_factor.split(step), in_factor.split(step)):
+        gradient = left.mT @ right
+        sides[0].add_(_product(gradient.mT))
+        sides[1].add_(_product(gradient))
+    return sides
 
 
 @dataclass
@@ -251,19 +262,15 @@ def _shared(corners: dict[str, _Corner], total: int) -> dict[str, int]:
     return {name: min(max(2, count), corners[name].moments.numel()) for name, count in zip(corners, counts)}
 
 
-def _mean(one: Tensor, other: Tensor) -> Tensor:
-    traces = (each.trace().clamp_min(torch.finfo(each.dtype).tiny) for each in (one, other))
-    return one / next(traces) + other / next(traces)
+def _ratio(one: Tensor, other: Tensor) -> float:
+    trace = other.trace().item()
+    return one.trace().item() / trace if trace > 0 else 0.0
 
 
 def _product(left: Tensor, right: Tensor | None = None) -> Tensor:
     """Σ over examples and positions of the outer products of two factors, or of one with itself."""
     flat = left.flatten(0, 1)
     return flat.T @ (flat if right is None else right.flatten(0, 1))
-
-
-def _plus(total: tuple[Tensor, Tensor] | None, out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    return (out, into) if total is None else (total[0].add_(out), total[1].add_(into))
 
 
 def _accumulating(

@@ -1,7 +1,7 @@
 """Spectral sketch: the coordinates of a gradient, in a Kronecker eigenbasis fitted to a sample, that matter most.
 
-Q_S and Q_A are eigenvectors of K-FAC's and Shampoo's factors, half and half: Σ g gᵀ and Σ G Gᵀ on the output side,
-Σ x xᵀ and Σ Gᵀ G on the input side (George et al. 2018, "Fast approximate natural gradient descent in a
+Q_S and Q_A are eigenvectors of K-FAC's and Shampoo's factors, weighed to equal traces: Σ g gᵀ + Σ G Gᵀ on the output
+side, Σ x xᵀ + Σ Gᵀ G on the input side (George et al. 2018, "Fast approximate natural gradient descent in a
 Kronecker-factored eigenbasis"; Gupta et al. 2018, "Shampoo"). The entries of Q_Sᵀ G Q_A with the largest second moment
 λ are kept: of all sets of as many coordinates in that basis, these keep most of the sample's squared norm. They lie in
 a corner of few rows and columns, so a token costs 2 · r · (in + out) flops, as a two-sided sketch does. `fit_spectral`
