@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chunk", type=int, default=0, help="documents end to end, cut into rows of so many tokens")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="trace-benchmark-"))
     try:
@@ -67,9 +68,10 @@ def main() -> None:
             for program, path in programs.items():
                 for size in sizes:
                     run = str(folder / f"{program}-{size}-{repeat}")
-                    data = ["--projection_dim", "16", *_data(options.command, folder, size)]
-                    if program == "bergson":  # which refuses budgets above the context
-                        data += ["--token_batch_size", str(min(2048, CONTEXT.get(options.shape, 1024)))]
+                    data = ["--projection_dim", "16", *_data(options.command, folder, size, options.chunk)]
+                    if program == "bergson":  # which refuses budgets above the context, unless rows are chunks
+                        most = 2048 if options.chunk else CONTEXT.get(options.shape, 1024)
+                        data += ["--token_batch_size", str(min(2048, most))]
                     measured = measure([path, options.command, run, "--model", str(folder / "model"), *data])
                     found.setdefault((program, size), []).append(measured)
                     shutil.rmtree(run, ignore_errors=True)
@@ -94,11 +96,12 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def _data(command: str, folder: Path, size: str) -> list[str]:
+def _data(command: str, folder: Path, size: str, chunk: int) -> list[str]:
     sides = {"": size} if command == "build" else {"data.": size, "query.": "queries"}
     words = []
     for prefix, name in sides.items():
-        words += [f"--{prefix}dataset", str(folder / f"{name}.jsonl"), f"--{prefix}truncation"]
+        words += [f"--{prefix}dataset", str(folder / f"{name}.jsonl")]
+        words += [f"--{prefix}chunk_length", str(chunk)] if chunk else [f"--{prefix}truncation"]
     return words
 
 

@@ -8,8 +8,8 @@ from torch import nn
 def in_one_operation(model: nn.Module) -> None:
     """Replace GPT-2's gelu, eight operations and fifteen backward, wherever the model has it.
 
-    A third of a pass over a small GPT-2 on a CPU goes there. The formula is ``nn.GELU``'s with ``approximate="tanh"``;
-    in half precision only its result is rounded, not each of its eight steps.
+    A quarter of a forward and backward pass over a small GPT-2 on a CPU goes there. The formula is ``nn.GELU``'s with
+    ``approximate="tanh"``; in half precision only its result is rounded, not each of its eight steps.
     """
     from transformers.activations import FastGELUActivation, NewGELUActivation
 

@@ -5,7 +5,7 @@ side, Σ x xᵀ + Σ Gᵀ G on the input side (George et al. 2018, "Fast approxi
 Kronecker-factored eigenbasis"; Gupta et al. 2018, "Shampoo"). The entries of Q_Sᵀ G Q_A with the largest second moment
 λ are kept: of all sets of as many coordinates in that basis, these keep most of the sample's squared norm. They lie in
 a corner of few rows and columns, so a token costs 2 · r · (in + out) flops, as a two-sided sketch does. `fit_spectral`
-makes one. The λ stay with the basis: dividing by them is EK-FAC in these coordinates.
+makes one. The λ stay with the basis: dividing by them is what EK-FAC and eigenvalue-corrected Shampoo do in theirs.
 
 What the basis leaves out is lost, and with it what sets one text apart from all others. ``residual`` floats keep a
 tensor sketch of it: with P the projection on the kept coordinates, ⟨PG, PH⟩ + ⟨sketch(G − PG), sketch(H − PH)⟩ is an
