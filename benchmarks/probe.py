@@ -7,6 +7,8 @@ circuit,
 2. The same training step done plainly (whole model, masks multiplied into weight copies, pairwise losses) in the same
    run: the ratio is what caching is worth.
 3. A step of an MLP probe at GPT-2-small shape, 500 probed rows.
+4. With ``--neurosurgeon PYTHON``, an interpreter that has it (see `probe_peer.py`): the same probes on the same batches
+   by NeuroSurgeon, in turns with ours (``--rounds``, medians).
 
 One thread, processor time: other work on the machine does not count, though it slows memory down for all.
 ``--json FILE`` keeps the figures.
@@ -16,13 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "packages/probing/tests"))
 import modular
@@ -101,7 +108,85 @@ def time_plain(model, part: str, data: ProbeData, steps: int = 8) -> float:
     return min(times)
 
 
-def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int, decay: float = 0.0) -> dict:
+def by_neurosurgeon(python: str, model, part: str, data: ProbeData, plan: TrainPlan, l0_lambda: float = 1e-6) -> dict:
+    """The same probe by NeuroSurgeon, in a process of its own: the same batches, temperatures and penalty."""
+    per_epoch = len(data) // plan.batch_size
+    draw = torch.Generator().manual_seed(plan.seed)
+    orders = [torch.randperm(len(data), generator=draw) for _ in range(plan.epochs)]
+    rows = [part for order in orders for part in order.split(plan.batch_size)[:per_epoch]]
+    leaves = ("c_attn", "c_proj") if part == "attn" else ("c_fc", "c_proj")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder, "model"))
+        job = {
+            "part": part, "paths": [f"transformer.h.0.{part}.{leaf}" for leaf in leaves], "l0_lambda": l0_lambda,
+            "ids": data.inputs["input_ids"], "labels": data.labels, "rows": rows,
+            "temperatures": [plan.temperature(step, len(rows)) for step in range(len(rows))],
+        }  # fmt: skip
+        torch.save(job, Path(folder, "job.pt"))
+        quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        subprocess.run([python, str(Path(__file__).parent / "probe_peer.py"), folder], check=True, env=quiet)
+        return torch.load(Path(folder, "result.pt"))
+
+
+def timed_fit(model, part: str, data: ProbeData, plan: TrainPlan) -> tuple[CircuitProbe, list[float], float]:
+    """A fresh probe trained, its losses, and seconds of processor time, caching included."""
+    probe = new_probe(model, part)
+    began = time.process_time()
+    trace = fit(probe, data, plan)
+    return probe, trace.loss, time.process_time() - began
+
+
+def beside(
+    python: str,
+    model,
+    part: str,
+    data: tuple[ProbeData, ProbeData],
+    plan: TrainPlan,
+    task,
+    masks_of_ours: Masks,
+    rounds: int,
+) -> dict:
+    """What NeuroSurgeon found, judged as ours were, and how long both took, in turns."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        _, losses, seconds = timed_fit(model, part, data[0], plan)
+        found = by_neurosurgeon(python, model, part, data[0], plan)
+        ours.append(seconds)
+        theirs.append(found["seconds"])
+    probe = new_probe(model, part)
+    masks = Masks.of(model, found["kept"])
+    for mask in probe.circuit.each():
+        mask.logits.data = masks.keep[mask.site.path].float() - 0.5
+    probe.eval()
+    knn = evaluate.evaluate_knn(probe, *data)
+    correct = evaluate.ablation(
+        model, masks, lambda m: modular.correct(m, task, task.test), controls=0, scope="global"
+    ).ablated.mean
+    mine = masks_of_ours.keep
+    same = sum(int((mine[path] == keep).sum()) for path, keep in masks.keep.items())
+    units = sum(keep.numel() for keep in masks.keep.values())
+    row = {
+        "seconds": median(theirs), "ms_step": 1e3 * median(theirs) / len(losses), "seconds_ours": median(ours),
+        "ratio": median(theirs) / median(ours), "knn_circuit": knn.circuit.mean, "ablated": correct,
+        "same_units": same, "all_units": units,
+        "loss_difference": max(abs(a - b) for a, b in zip(found["losses"], losses)),
+    }  # fmt: skip
+    print(
+        f"      NeuroSurgeon {'':6} {row['knn_circuit']:8.3f} {same:4d} of {units} units as ours {row['ablated']:8.3f} "
+        f"{row['seconds']:20.2f} {row['ms_step']:8.1f}: ours in {median(ours):.2f} s, {row['ratio']:.1f} × as fast"
+    )
+    return row
+
+
+def experiment_one(
+    modulus: int,
+    epochs: int,
+    lr: float,
+    probe_epochs: int,
+    decay: float = 0.0,
+    peer: str | None = None,
+    rounds: int = 1,
+) -> dict:
     task = modular.disambiguation(modulus)
     began = time.perf_counter()
     model = modular.train(task, epochs, lr, decay=decay)
@@ -115,22 +200,20 @@ def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int, deca
             train, test = (
                 ProbeData.at_last({"input_ids": task.ids[rows_]}, values[rows_]) for rows_ in (task.train, task.test)
             )
-            probe = new_probe(model, part)
-            began = time.process_time()
-            trace = fit(probe, train, TrainPlan(epochs=probe_epochs))
-            seconds = time.process_time() - began
+            plan = TrainPlan(epochs=probe_epochs)
+            probe, losses, seconds = timed_fit(model, part, train, plan)
             knn, masks = evaluate.evaluate_knn(probe, train, test), probe.circuit.masks()
             effect = evaluate.ablation(
                 model, masks, lambda m: modular.correct(m, task, task.test), controls=5, scope="global"
             )
-            step = seconds / len(trace.loss)
+            step = seconds / len(losses)
             plain = time_plain(model, part, train)
-            statistics = probe.circuit.compute_l0_statistics()
+            l0 = probe.circuit.compute_l0_statistics()
             rows.append(
                 {
                     "part": part, "variable": variable, "knn_full": knn.full.mean, "knn_circuit": knn.circuit.mean,
                     "units": {path: int(mask.sum()) for path, mask in masks.keep.items()},
-                    "weights": statistics["total_l0"], "of": statistics["max_l0"], "ablated": effect.ablated.mean,
+                    "weights": l0["total_l0"], "of": l0["max_l0"], "ablated": effect.ablated.mean,
                     "control_drop": effect.control_drop, "undefined": effect.undefined, "seconds": seconds,
                     "ms_step": 1e3 * step, "ratio_to_plain": plain / step,
                 }
@@ -145,18 +228,32 @@ def experiment_one(modulus: int, epochs: int, lr: float, probe_epochs: int, deca
             if modulus == 113:
                 full, circuit, kept, ablated = PUBLISHED[part, variable]
                 print(f"      published {full:9.3f} {circuit:8.3f} {kept:8d} {'':9} {ablated:9.3f}")
-        rows.append(together(model, part, task, probe_epochs))
+            if peer:
+                row["peer"] = beside(peer, model, part, (train, test), plan, task, masks, rounds)
+        beside_ours = [row["peer"] for row in rows if row["part"] == part and "peer" in row]
+        both = together(model, part, task, probe_epochs, rounds)
+        rows.append(both)
+        if beside_ours:
+            ratios = [each["ratio"] for each in beside_ours]
+            mean = sum(each["seconds"] for each in beside_ours) / len(beside_ours)
+            print(
+                f"{part:5} NeuroSurgeon's time over ours: {' '.join(f'{r:.1f}' for r in ratios)}, "
+                f"median {median(ratios):.1f}; over ours together {mean / both['seconds']:.1f}"
+            )
     return {"modulus": modulus, "epochs": epochs, "base_accuracy": base, "rows": rows}
 
 
-def together(model, part: str, task, probe_epochs: int) -> dict:
+def together(model, part: str, task, probe_epochs: int, rounds: int) -> dict:
     """The probes of all variables as one batch."""
     ids = {"input_ids": task.ids[task.train]}
     data = [ProbeData.at_last(ids, values[task.train]) for values in task.variables.values()]
-    probes = [new_probe(model, part) for _ in data]
-    began = time.process_time()
-    traces = fit_many(probes, data, TrainPlan(epochs=probe_epochs))
-    seconds = (time.process_time() - began) / len(probes)
+    times = []
+    for _ in range(rounds):
+        probes = [new_probe(model, part) for _ in data]
+        began = time.process_time()
+        traces = fit_many(probes, data, TrainPlan(epochs=probe_epochs))
+        times.append((time.process_time() - began) / len(probes))
+    seconds = median(times)
     step = 1e3 * seconds / len(traces[0].loss)
     kept = " ".join(str(each.circuit.compute_l0_statistics()["total_l0"]) for each in probes)
     print(f"{part:5} all {len(probes)} together (fit_many), kept {kept:28} {'':18} {seconds:9.2f} {step:8.1f}")
@@ -227,13 +324,24 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.0, help="share of the epochs over which the rate falls to 0")
     parser.add_argument("--probe-epochs", type=int, default=60)
     parser.add_argument("--experiment", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--neurosurgeon", metavar="PYTHON", help="interpreter that has NeuroSurgeon (probe_peer.py)")
+    parser.add_argument("--rounds", type=int, default=1, help="of each probe beside NeuroSurgeon")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     if options.experiment == 2:
         figures = experiment_two(options.epochs, options.lr)
     else:
-        figures = experiment_one(options.modulus, options.epochs, options.lr, options.probe_epochs, options.decay)
+        figures = experiment_one(
+            options.modulus,
+            options.epochs,
+            options.lr,
+            options.probe_epochs,
+            options.decay,
+            options.neurosurgeon,
+            options.rounds,
+        )
         figures["gpt2_small"] = gpt2_small_step()
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

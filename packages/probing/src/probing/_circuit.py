@@ -232,13 +232,16 @@ class CircuitModel(nn.Module):
     def l0(self, *, soft: bool = False, norm: str | None = None) -> Tensor:
         """The penalty's value: of the soft masks, or of the binary ones. It does not depend on the ablation mode."""
         norm = norm or self.config.l0_norm
-        total, possible = torch.zeros((), device=self._device()), 0.0
+        total, possible = None, 0.0
         for mask in self.each():
             kept, bias = mask.kept(self._temperature, soft)
             scale = mask.site.weights if norm == "paper" else 1
-            total = total + scale * kept.sum() + (0 if bias is None else bias.sum())
+            own = scale * kept.sum() if bias is None else scale * kept.sum() + bias.sum()
+            total = own if total is None else total + own
             possible += scale * kept.numel() + (0 if bias is None else bias.numel())
-        return total / possible if norm == "mean" and possible else total
+        if total is None:
+            return torch.zeros((), device=self._device())
+        return total / possible if norm == "mean" else total
 
     def _device(self) -> torch.device:
         return next((mask.logits.device for mask in self.each()), torch.device("cpu"))

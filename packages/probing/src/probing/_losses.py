@@ -54,38 +54,78 @@ class _SoftNearestNeighbour(torch.autograd.Function):
     def forward(ctx, vectors: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad[0]
         v, norm = unit(vectors)
-        k = v if keys is None else unit(keys)[0]
         n, tags = v.shape[-2], _tags(labels)
-        toward = torch.zeros_like(v)  # dL/dv̂
-        loss = torch.zeros(v.shape[:-2], device=v.device)
-        rows = max(1, _CHUNK // max(1, n * v.shape[:-2].numel()))
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            w = torch.matmul(v[..., part, :], k.mT).exp_()  # e·wᵢⱼ, […, r, N]; the sums are divided by e
-            w.diagonal(start, -2, -1).zero_()
-            # Straight to floats: a product with booleans converts them each time, which costs more than all the rest.
-            mine = torch.eq(tags[..., part, None], tags[..., None, :], out=torch.empty_like(w)).mul_(w)
-            own, every = (t.sum(-1).mul_(1 / math.e).add_(EPSILON) for t in (mine, w))
-            loss -= (own / every).log().sum(-1)
-            if not needs:
-                continue
-            # ∂L/∂cosᵢⱼ = wᵢⱼ (1/everyᵢ − [same]/ownᵢ) / N
-            own, every = (t.mul_(math.e).reciprocal_()[..., None] for t in (own, every))
-            if keys is None and rows >= n:  # w is symmetric: both arguments' gradients in one product
-                w.mul_(every + every.mT).sub_(mine.mul_(own + own.mT))
-                toward = torch.matmul(w, v)
-                continue
-            w.mul_(every).sub_(mine.mul_(own))
-            toward[..., part, :] += torch.matmul(w, k)
-            if keys is None:
-                toward += torch.matmul(w.mT, v[..., part, :])
-        if needs:
-            toward -= v * (v * toward).sum(-1, keepdim=True)
+        if keys is None and n * v.shape[:-1].numel() <= _CHUNK:
+            loss, toward = _all_at_once(v, tags, needs)
+        else:
+            loss, toward = _by_rows(v, None if keys is None else unit(keys)[0], tags, needs)
+        if toward is not None:
+            toward -= v * (v * toward).sum(-1, keepdim=True)  # from v̂ to v
             ctx.save_for_backward(toward.div_(torch.where(norm == 0, float("inf"), norm) * n).to(vectors.dtype))
-        return loss / n
+        return loss.div_(n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
         (toward,) = ctx.saved_tensors
         return toward * grad[..., None, None].to(toward.dtype), None, None
+
+
+def _all_at_once(v: Tensor, tags: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
+    """N·loss and N·∂L/∂v̂. w is symmetric: the upper half of its rows and the lower right quarter say all."""
+    half = v.shape[-2] // 2
+    up, low = v[..., :half, :], v[..., half:, :]
+    w, mine = _similar(up, v, 0, tags[..., :half], tags)
+    corner, mine_corner = _similar(low, low, 0, tags[..., half:], tags[..., half:])
+    own, every = (
+        torch.cat([upper.sum(-1), lower.sum(-1).add_(upper[..., half:].sum(-2))], -1)
+        for upper, lower in ((mine, mine_corner), (w, corner))
+    )
+    loss = _log_ratio(own, every)
+    if not needs:
+        return loss, None
+    # As below, and once more for j: ∂L/∂cosᵢⱼ = wᵢⱼ (1/everyᵢ + 1/everyⱼ − [same] (1/ownᵢ + 1/ownⱼ)) / N
+    for matrix, same, rows, columns in (
+        (w, mine, slice(half), slice(None)),
+        (corner, mine_corner, *[slice(half, None)] * 2),
+    ):
+        matrix.mul_(every[..., rows, None] + every[..., None, columns])
+        matrix.sub_(same.mul_(own[..., rows, None] + own[..., None, columns]))
+    lower = torch.matmul(corner, low).add_(torch.matmul(w[..., half:].mT, up))
+    return loss, torch.cat([torch.matmul(w, v), lower], -2)
+
+
+def _by_rows(v: Tensor, keys: Tensor | None, tags: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
+    """N·loss and N·∂L/∂v̂, some rows of w at a time."""
+    n, k = v.shape[-2], v if keys is None else keys
+    toward = torch.zeros_like(v)
+    loss = torch.zeros(v.shape[:-2], device=v.device)
+    rows = max(1, _CHUNK // max(1, n * v.shape[:-2].numel()))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        w, mine = _similar(v[..., part, :], k, start, tags[..., part], tags)
+        own, every = mine.sum(-1), w.sum(-1)
+        loss += _log_ratio(own, every)
+        if not needs:
+            continue
+        # ∂L/∂cosᵢⱼ = wᵢⱼ (1/everyᵢ − [same]/ownᵢ) / N
+        w.mul_(every[..., None]).sub_(mine.mul_(own[..., None]))
+        toward[..., part, :] += torch.matmul(w, k)
+        if keys is None:
+            toward += torch.matmul(w.mT, v[..., part, :])
+    return loss, toward if needs else None
+
+
+def _similar(v: Tensor, k: Tensor, diagonal: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """e·wᵢⱼ, and the same where the labels are: […, R, N], with 0 for i itself, ``diagonal`` columns from the left."""
+    w = torch.matmul(v, k.mT).exp_()
+    w.diagonal(diagonal, -2, -1).zero_()
+    # Straight to floats: a product with booleans converts them each time, which costs more than all the rest.
+    return w, torch.eq(rows[..., None], columns[..., None, :], out=torch.empty_like(w)).mul_(w)
+
+
+def _log_ratio(own: Tensor, every: Tensor) -> Tensor:
+    """−Σᵢ log(ownᵢ / everyᵢ) from sums of e·w; these become 1 / (e·sum), which the gradient needs."""
+    for total in (own, every):
+        total.add_(math.e * EPSILON).reciprocal_()
+    return (own / every).log_().sum(-1)

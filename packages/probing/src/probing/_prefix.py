@@ -94,14 +94,16 @@ class Prefix:
         if self._fold is not None:
             return
         entries = (self._entries(two), self._entries(three), self._entries(extra))
-        self._calls = joined([self._enter(part) for part in parts], self._enter(two), self._enter(three), entries)
+        parts += [two, three]
+        entered = [self._enter(part) for part in parts]
         ones = [Intervention(site, torch.ones(site.shape, device=self._device(site))) for site in self._sites]
 
-        def constants(part: Tensor) -> dict[str, Any]:
-            outputs = self._outputs(part, ones) if self._fixed else {}
+        def constants(part: Tensor, calls: list[_Arguments]) -> dict[str, Any]:
+            outputs = self._outputs(part, ones, calls) if self._fixed else {}
             return {path: outputs[path] for path in self._fixed}
 
-        raw = [constants(part) for part in (*parts, two, three)]
+        raw = [constants(part, calls) for part, calls in zip(parts, entered)]
+        self._calls = joined(entered[:-2], entered[-2], entered[-1], entries)
         self._stored = joined(raw[:-2], raw[-2], raw[-1], entries)
 
     @property
@@ -381,7 +383,9 @@ class Prefix:
         return fixed
 
     @torch.no_grad()
-    def _outputs(self, rows: Tensor, interventions: list[Intervention]) -> dict[str, Any]:
+    def _outputs(
+        self, rows: Tensor, interventions: list[Intervention], calls: list[_Arguments] | None = None
+    ) -> dict[str, Any]:
         """Raw outputs of all modules called once in the chain, before the masks on them."""
         seen: dict[str, Any] = {}
         twice: set[str] = set()
@@ -394,7 +398,8 @@ class Prefix:
 
             return hook
 
-        calls = self._enter(rows)
+        # Copies: a module that works in place must not spoil the cache.
+        calls = self._enter(rows) if calls is None else [copied_arguments(*call) for call in calls]
         with intervened(self.probe.base, interventions), ExitStack() as stack:
             for root in self._chain:
                 for name, module in self._modules[root].named_modules():

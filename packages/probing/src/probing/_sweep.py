@@ -46,7 +46,7 @@ def fit_many(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: Tr
     per_epoch = count // batch if plan.drop_last else -(-count // batch)
     steps = plan.epochs * per_epoch
     parameters = [p for probe in probes for p in probe.circuit.site_masks.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
+    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     order, generator = torch.empty(0), torch.Generator().manual_seed(plan.seed)
     losses, temperatures = [], []
     for probe in probes:
