@@ -95,6 +95,50 @@ def test_a_circuit_is_found_kept_and_evaluated(folder, tmp_path):
         assert effect["rows"] == 18
 
 
+def test_several_labels_are_trained_together_and_end_as_alone(folder, tmp_path):
+    options = ["--readout", "mlp_update_0", "--epochs", 5, "--batch-size", 16, "--lr", 0.05, "--l0-lambda", 1e-6]
+    options += ["--position", "word:noun"]
+    files = [folder, folder / "rows.jsonl"]
+    both = ["--label", "number", "--label", "noun"]
+    found = run("circuit", *files, *both, *options, "--out", tmp_path / "both", "--json")
+    assert found.exit_code == 0, found.output
+    results = json.loads(found.stdout)
+    assert list(results) == ["number", "noun"]
+    assert results["noun"]["classes"] == sorted(NOUNS)
+    for label in results:
+        alone = run("circuit", *files, "--label", label, *options, "--out", tmp_path / label, "--json")
+        assert alone.exit_code == 0, alone.output
+        together, single = (json.loads((tmp_path / at / "result.json").read_text()) for at in (f"both/{label}", label))
+        assert {k: v for k, v in together.items() if k != "seconds"} == {
+            k: v for k, v in single.items() if k != "seconds"
+        }
+        mine, theirs = (Masks.load(tmp_path / at / "masks").keep for at in (f"both/{label}", label))
+        assert all(torch.equal(mine[path], theirs[path]) for path in theirs)
+        assert f"Circuit probe: {label}" in (tmp_path / "both" / label / "report.html").read_text()
+    table = run("circuit", *files, *both, *options, "--out", tmp_path / "table").stdout.splitlines()
+    assert [line.split()[0] for line in table] == ["variable", "number", "noun"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--label", "number"], 2, "names a column twice"),
+        (["--label", "noun", "--target-sparsity", 0.5], 2, "one --label at a time"),
+        (["--label", "noun", "--loss", "linear"], 2, "one --label at a time"),
+        (["--label", "nouns"], 1, "did you mean 'noun'"),
+        (["--label", "constant"], 1, "label 'constant': all 54 labels are 0"),
+    ],
+)
+def test_several_labels_that_cannot_be_together_are_refused(folder, tmp_path, arguments, code, message):
+    rows = [json.loads(line) | {"constant": 1} for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--label", "number", "--readout", "mlp_update_0", "--epochs", 1, "--out", tmp_path / "out"]
+    found = run("circuit", folder, tmp_path / "rows.jsonl", *options, *arguments)
+    assert found.exit_code == code, found.output
+    assert message in found.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_subnetwork_probe_reports_held_out_accuracy(folder, tmp_path):
     options = ["--readout", "mlp_stream_0", "--epochs", 4, "--batch-size", 16, "--hidden", 8, "--out", tmp_path]
     found = run("subnetwork", *task_arguments(folder), *options, "--target-sparsity", 0.5, "--json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ from probing._probes import CircuitProbe
 _ROWWISE = ("neuron", "input", "head")
 
 
-def fit_many(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: TrainPlan | None = None) -> list[Trace]:
+def fit_many(
+    probes: Sequence[CircuitProbe],
+    data: Sequence[ProbeData],
+    plan: TrainPlan | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trace]:
     """Train circuit probes of the same readout and sites together; each ends as `fit` would have left it.
 
     >>> lambdas = [1e-7, 1e-6, 1e-5]  # doctest: +SKIP
@@ -33,6 +39,7 @@ def fit_many(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: Tr
         probes: on one model; λ and seed may differ.
         data: one for each probe: the same inputs and positions, one position a row; labels may differ.
         plan: for all; no target sparsity and no early stop here.
+        progress: called with (step, steps).
 
     Raises:
         ConfigError: probes that do not fit together.
@@ -66,6 +73,8 @@ def fit_many(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: Tr
         (loss.sum() + sum(_penalty(probe, plan, step, steps) for probe in probes)).backward()
         optimiser.step()
         losses.append(loss.detach())
+        if progress is not None:
+            progress(step + 1, steps)
     for probe in probes:
         probe.eval()
     table = torch.stack(losses).T.tolist()
