@@ -119,12 +119,30 @@ def test_several_labels_are_trained_together_and_end_as_alone(folder, tmp_path):
     assert [line.split()[0] for line in table] == ["variable", "number", "noun"]
 
 
+def test_several_readouts_are_swept_in_one_pass(folder, tmp_path):
+    readouts = [
+        word for layer in (0, 1) for part in ("attn", "mlp") for word in ("--readout", f"{part}_update_{layer}")
+    ]
+    options = ["--label", "number", "--label", "noun", "--position", "word:noun", "--epochs", 2, "--batch-size", 16]
+    found = run("circuit", folder, folder / "rows.jsonl", *readouts, *options, "--out", tmp_path, "--json")
+    assert found.exit_code == 0, found.output
+    results = json.loads(found.stdout)
+    assert list(results) == [f"{label}/{key}" for label in ("number", "noun") for key in readouts[1::2]]
+    for name, result in results.items():
+        assert json.loads((tmp_path / name / "result.json").read_text()) == result
+        layer, part = result["readout"][-1], result["readout"].partition("_")[0]
+        assert all(
+            path.startswith(f"transformer.h.{layer}.{part}.") for path in Masks.load(tmp_path / name / "masks").sites
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--label", "number"], 2, "names a column twice"),
-        (["--label", "noun", "--target-sparsity", 0.5], 2, "one --label at a time"),
-        (["--label", "noun", "--loss", "linear"], 2, "one --label at a time"),
+        (["--label", "number"], 2, "--label names the same twice"),
+        (["--readout", "mlp_update_0"], 2, "--readout names the same twice"),
+        (["--label", "noun", "--target-sparsity", 0.5], 2, "one --label and --readout at a time"),
+        (["--readout", "attn_update_0", "--loss", "linear"], 2, "one --label and --readout at a time"),
         (["--label", "nouns"], 1, "did you mean 'noun'"),
         (["--label", "constant"], 1, "label 'constant': all 54 labels are 0"),
     ],

@@ -3,8 +3,20 @@
 import pytest
 import torch
 from test_probes import circuit_probe, task
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from probing import ConfigError, DataError, ProbeData, TrainPlan, fit, fit_many
+from probing import (
+    CircuitConfig,
+    CircuitProbe,
+    CircuitProbeConfig,
+    ConfigError,
+    DataError,
+    ProbeData,
+    ResidualUpdateModelConfig,
+    TrainPlan,
+    fit,
+    fit_many,
+)
 
 PLAN = TrainPlan(epochs=6, batch_size=5, lr=0.05)
 
@@ -49,11 +61,54 @@ def test_other_units_and_several_blocks_too(unit, sites):
             torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
 
 
+def by_layer(model, layer, part, sites, key=None, **circuit):
+    config = CircuitConfig(mask_hparams={"mask_unit": "neuron"}, target_layers=[sites], **circuit)
+    kinds = {"heads": True} if key else {part: True}
+    resid = ResidualUpdateModelConfig("auto", [layer], **{"attn": False, "mlp": False, **kinds})
+    return CircuitProbe(CircuitProbeConfig(key or f"{part}_update_{layer}", config, resid), model)
+
+
+def test_layers_and_sub_blocks_are_trained_in_one_pass():
+    model, data = task("gpt2")
+
+    def probes():
+        return [
+            by_layer(model, layer, part, f"transformer.h.{layer}.{part}.c_*", l0_lambda=weight)
+            for weight in (0.0, 1e-3)
+            for layer in (0, 1)
+            for part in ("attn", "mlp")
+        ]
+
+    alone, together = probes(), probes()
+    parts = [relabelled(data, seed % 3) for seed in range(len(alone))]
+    traces = [fit(probe, own, PLAN) for probe, own in zip(alone, parts)]
+    steps = []
+    found = fit_many(together, parts, PLAN, progress=lambda step, of: steps.append((step, of)))
+    for a, b, x, y in zip(alone, together, traces, found):
+        for one, other in zip(a.circuit.site_masks, b.circuit.site_masks):
+            torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+        assert x.loss == pytest.approx(y.loss, abs=1e-4)
+        assert x.temperature == y.temperature
+    count = len(traces[0].loss)
+    assert steps == [(step + 1, count) for step in range(count)]
+
+
+def test_readouts_of_other_widths_are_refused():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, head_dim=4)
+    model = LlamaForCausalLM(config).eval()
+    data = ProbeData.at_last({"input_ids": torch.randint(50, (12, 5))}, torch.arange(12) % 3)
+    one = by_layer(model, 1, "attn", "model.layers.1.self_attn.*_proj")
+    other = by_layer(model, 1, "attn", "model.layers.1.self_attn.[qkv]_proj", "head_output_1")
+    with pytest.raises(ConfigError, match="readouts of one width"):
+        fit_many([one, other], [data, data], PLAN)
+
+
 def test_what_does_not_fit_together_is_refused():
     model, data = task("gpt2")
-    one, other = circuit_probe(model), circuit_probe(model, part="mlp")
+    one = circuit_probe(model)
     with pytest.raises(ConfigError, match="share one model"):
-        fit_many([one, other], [data, data], PLAN)
+        fit_many([one, circuit_probe(task("gpt2")[0])], [data, data], PLAN)
     with pytest.raises(ConfigError, match="one for each"):
         fit_many([one], [data, data], PLAN)
     with pytest.raises(ConfigError, match="units of kind"):

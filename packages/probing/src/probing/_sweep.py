@@ -1,4 +1,4 @@
-"""Many probes of one shape at once: other variables, penalties or seeds, one pass."""
+"""Many probes of one model at once: other variables, penalties, seeds or layers, one pass."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from probing._intervene import Intervention
 from probing._losses import soft_nearest_neighbour
 from probing._prefix import Prefix
 from probing._probes import CircuitProbe
+from probing._readout import Readout
+from probing._sites import Site
 
 _ROWWISE = ("neuron", "input", "head")
 
@@ -26,17 +28,18 @@ def fit_many(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trace]:
-    """Train circuit probes of the same readout and sites together; each ends as `fit` would have left it.
+    """Train circuit probes of one model together; each ends as `fit` would have left it.
 
     >>> lambdas = [1e-7, 1e-6, 1e-5]  # doctest: +SKIP
     >>> probes = [CircuitProbe(config(l0_lambda), model) for l0_lambda in lambdas]  # doctest: +SKIP
     >>> fit_many(probes, [data] * 3)  # doctest: +SKIP
 
-    The rows of all probes make one batch, each row under its own probe's mask. On an accelerator that fills the device;
-    on one CPU thread it saves only the overhead of the steps.
+    Probes of one readout and the same sites make one batch, each row under its own probe's mask; those of other layers
+    or sub-blocks run beside it, and all have one loss, one backward pass and one step. On an accelerator that fills the
+    device; on one CPU thread it saves only the overhead of the steps.
 
     Args:
-        probes: on one model; λ and seed may differ.
+        probes: on one model, with readouts of one width; λ, seed, readout and sites may differ.
         data: one for each probe: the same inputs and positions, one position a row; labels may differ.
         plan: for all; no target sparsity and no early stop here.
         progress: called with (step, steps).
@@ -47,8 +50,10 @@ def fit_many(
     """
     plan, began = plan or TrainPlan(), time.perf_counter()
     _check(probes, data, plan)
-    prefix = Prefix(probes[0].eval(), data[0])
-    labels = torch.stack([part.labels for part in data])
+    groups = _groups(probes)
+    prefixes = [Prefix(probes[group[0]].eval(), data[group[0]]) for group in groups]
+    order_of_probes = [place for group in groups for place in group]
+    labels = torch.stack([data[place].labels for place in order_of_probes])
     count, batch = len(data[0]), min(plan.batch_size, len(data[0]))
     per_epoch = count // batch if plan.drop_last else -(-count // batch)
     steps = plan.epochs * per_epoch
@@ -66,9 +71,13 @@ def fit_many(
         temperatures.append(plan.temperature(step, steps))
         for probe in probes:
             probe.circuit.temperature = temperatures[-1]
-        masks = _together([probe.circuit.interventions() for probe in probes], len(rows))
-        vectors = prefix.vectors(rows.repeat(len(probes)), masks)
-        loss = soft_nearest_neighbour(vectors.unflatten(0, (len(probes), -1)), labels[:, rows])
+        found = []
+        for prefix, group in zip(prefixes, groups):
+            masks = _together([probes[place].circuit.interventions() for place in group], len(rows))
+            found.append(prefix.vectors(rows.repeat(len(group)), masks).unflatten(0, (len(group), -1)))
+        if len({vectors.shape[-1] for vectors in found}) > 1:
+            raise ConfigError("probes trained together have readouts of one width")
+        loss = soft_nearest_neighbour(torch.cat(found) if len(found) > 1 else found[0], labels[:, rows])
         optimiser.zero_grad(set_to_none=True)
         (loss.sum() + sum(_penalty(probe, plan, step, steps) for probe in probes)).backward()
         optimiser.step()
@@ -77,8 +86,17 @@ def fit_many(
             progress(step + 1, steps)
     for probe in probes:
         probe.eval()
-    table = torch.stack(losses).T.tolist()
-    return [Trace(column, [], list(temperatures), time.perf_counter() - began) for column in table]
+    table = dict(zip(order_of_probes, torch.stack(losses).T.tolist()))
+    seconds = time.perf_counter() - began
+    return [Trace(table[place], [], list(temperatures), seconds) for place in range(len(probes))]
+
+
+def _groups(probes: Sequence[CircuitProbe]) -> list[list[int]]:
+    """Places of the probes that share readout and sites."""
+    groups: dict[tuple[Readout, tuple[Site, ...]], list[int]] = {}
+    for place, probe in enumerate(probes):
+        groups.setdefault((probe.readout, tuple(probe.circuit.sites)), []).append(place)
+    return list(groups.values())
 
 
 def _together(each: Sequence[list[Intervention]], rows: int) -> list[Intervention]:
@@ -109,11 +127,10 @@ def _penalty(probe: CircuitProbe, plan: TrainPlan, step: int, steps: int) -> Ten
 def _check(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: TrainPlan) -> None:
     if not probes or len(probes) != len(data):
         raise ConfigError(f"{len(probes)} probes but {len(data)} data: give one for each probe")
-    sites = [list(probe.circuit.sites) for probe in probes]
-    for probe, own in zip(probes, sites):
-        if probe.base is not probes[0].base or probe.readout != probes[0].readout or own != sites[0]:
-            raise ConfigError("probes trained together share one model, one readout and the same sites")
-        if probe.config.loss != "contrastive" or any(site.unit not in _ROWWISE for site in own):
+    for probe in probes:
+        if probe.base is not probes[0].base:
+            raise ConfigError("probes trained together share one model")
+        if probe.config.loss != "contrastive" or any(site.unit not in _ROWWISE for site in probe.circuit.sites):
             units = ", ".join(_ROWWISE)
             raise ConfigError(f"probes trained together have the contrastive loss and units of kind {units}")
     if plan.target_sparsity is not None or plan.stop_undecided is not None:

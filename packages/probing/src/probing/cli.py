@@ -41,6 +41,7 @@ def probe() -> None:
 
 
 _LABEL = click.option("--label", required=True, metavar="COLUMN", help="Column with the variable's value.")
+_READOUT = click.option("--readout", required=True, metavar="KEY", help="attn_update_3, mlp_stream_5, resid_mid_0, …")
 _LABELS = click.option(
     "--label",
     "labels",
@@ -48,6 +49,14 @@ _LABELS = click.option(
     multiple=True,
     metavar="COLUMN",
     help="Column with the variable's value; several are trained together.",
+)
+_READOUTS = click.option(
+    "--readout",
+    "readouts",
+    required=True,
+    multiple=True,
+    metavar="KEY",
+    help="attn_update_3, mlp_stream_5, resid_mid_0, …; several are trained together.",
 )
 
 
@@ -76,7 +85,6 @@ def _task_options(command: Callable[..., None]) -> Callable[..., None]:
 def _mask_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
-            click.option("--readout", required=True, metavar="KEY", help="attn_update_3, mlp_stream_5, resid_mid_0, …"),
             click.option(
                 "--sites", multiple=True, metavar="PATTERN", help="Modules to mask; by default the sub-block."
             ),
@@ -97,6 +105,7 @@ def _mask_options(command: Callable[..., None]) -> Callable[..., None]:
 @probe.command("circuit")
 @_task_options
 @_LABELS
+@_READOUTS
 @_mask_options
 @click.option(
     "--loss",
@@ -105,53 +114,51 @@ def _mask_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="What makes readouts of one label alike: their distances, or a linear readout.",
 )
-def circuit(model: str, data: str, labels: tuple[str, ...], **options: Any) -> None:
-    """Train a circuit probe: masks under which a readout clusters by the variable.
+def circuit(model: str, data: str, labels: tuple[str, ...], readouts: tuple[str, ...], **options: Any) -> None:
+    """Train circuit probes: masks under which a readout clusters by the variable.
 
-    With several labels their probes are one batch, which takes less time than one after another, and each lands in a
-    folder of its own below --out.
+    Several labels or readouts are trained in one pass, a probe for each pair, which takes less time than one after
+    another. Each probe then has a folder of its own below --out.
 
     \b
     trace probe circuit MODEL rows.jsonl --label number --readout attn_update_0 --out runs/number
-    trace probe circuit MODEL rows.jsonl --label number --label animate --readout attn_update_0 --out runs/noun
+    trace probe circuit MODEL rows.jsonl --label number --readout attn_update_0 --readout attn_update_1 --out runs/all
     """
     from probing import CircuitProbe, CircuitProbeConfig, evaluate
 
-    if len(set(labels)) < len(labels):
-        raise click.UsageError(f"--label names a column twice: {', '.join(labels)}")
-    several = len(labels) > 1
+    pairs = [(label, readout) for label in labels for readout in readouts]
+    several = len(pairs) > 1
+    for option, given in (("--label", labels), ("--readout", readouts)):
+        if len(set(given)) < len(given):
+            raise click.UsageError(f"{option} names the same twice: {', '.join(given)}")
     if several and (options["target_sparsity"] is not None or options["loss"] == "linear"):
-        raise click.UsageError("--target-sparsity and --loss linear are for one --label at a time")
+        raise click.UsageError("--target-sparsity and --loss linear are for one --label and --readout at a time")
     network, _, tasks = prepare_many(model, data, labels, options)
-    circuit_config, resid_config = configs(network, options)
-    config = CircuitProbeConfig(options["readout"], circuit_config, resid_config, options["loss"])
-    probes = [CircuitProbe(config, network) for _ in labels]
+    tasks = [task for task in tasks for _ in readouts]
+    probes = []
+    for _, readout in pairs:
+        circuit_config, resid_config = configs(network, {**options, "readout": readout})
+        probes.append(CircuitProbe(CircuitProbeConfig(readout, circuit_config, resid_config, options["loss"]), network))
     if several:
         traces = train_together(probes, [task.train for task in tasks], options)
     else:
         traces = [train(probes[0], tasks[0].train, options)]
     results = {}
-    for label, trained, task, trace in zip(labels, probes, tasks, traces):
+    for (label, readout), trained, task, trace in zip(pairs, probes, tasks, traces):
         knn = evaluate.evaluate_knn(trained, task.train, task.test)
-        masks = trained.circuit.masks(readout=options["readout"], knn=knn.circuit.mean, knn_full=knn.full.mean)
-        results[label] = {
-            "readout": options["readout"], "classes": task.names, "rows": [len(task.train), len(task.test)],
+        masks = trained.circuit.masks(readout=readout, knn=knn.circuit.mean, knn_full=knn.full.mean)
+        name = "/".join([label] * (len(labels) > 1) + [readout] * (len(readouts) > 1))
+        results[name] = {
+            "readout": readout, "classes": task.names, "rows": [len(task.train), len(task.test)],
             "knn circuit": str(knn.circuit), "knn full model": str(knn.full), "chance": round(knn.chance, 4),
-            "units kept": f"{masks.size} of {masks.total}", "seconds": round(trace.seconds / len(labels), 2),
+            "units kept": f"{masks.size} of {masks.total}", "seconds": round(trace.seconds / len(pairs), 2),
         }  # fmt: skip
         reading = (
             "The variable is computed here if the circuit's accuracy is well above the full model's and chance; an "
             "empty circuit at chance says it is not. Whether the model needs it is for trace probe evaluate."
         )
-        title = f"Circuit probe: {label}" if several else "Circuit probe"
-        keep(
-            Path(options["out"]) / label.replace("/", "_") if several else options["out"],
-            title,
-            reading,
-            results[label],
-            masks,
-            trace,
-        )
+        title = f"Circuit probe: {name}" if several else "Circuit probe"
+        keep(Path(options["out"]) / name, title, reading, results[name], masks, trace)
     if not several:
         show(next(iter(results.values())), options["as_json"])
     elif options["as_json"]:
@@ -163,6 +170,7 @@ def circuit(model: str, data: str, labels: tuple[str, ...], **options: Any) -> N
 @probe.command("subnetwork")
 @_task_options
 @_LABEL
+@_READOUT
 @_mask_options
 @click.option("--hidden", type=int, help="Width of an MLP probe; linear without.")
 def subnetwork(model: str, data: str, **options: Any) -> None:
@@ -200,7 +208,7 @@ def subnetwork(model: str, data: str, **options: Any) -> None:
 @probe.command("linear")
 @_task_options
 @_LABEL
-@click.option("--readout", required=True, metavar="KEY", help="attn_update_3, mlp_stream_5, resid_mid_0, …")
+@_READOUT
 @click.option("--hidden", type=int, help="Width of an MLP probe; linear without.")
 @click.option("--epochs", default=100, show_default=True, help="Passes over the training part.")
 def linear(model: str, data: str, **options: Any) -> None:
