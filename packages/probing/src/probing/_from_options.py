@@ -124,17 +124,15 @@ def _bar(plan: Any, data: Any) -> Any:
     return click.progressbar(length=steps, label="training", file=sys.stderr)
 
 
-def keep(out: str | Path, title: str, reading: str, result: dict[str, Any], masks: Any, trace: Any) -> None:
+def keep(folder: Path, title: str, reading: str, result: dict[str, Any], masks: Any, trace: Any) -> None:
     from probing import plots
     from probing._report import write_report
 
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     masks.save(folder / "masks.safetensors")
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     figures = {"Units kept": plots.kept_by_layer([masks]), "Training": plots.training({"loss": trace})}
     write_report(folder / "report.html", title, reading, result, figures)
-    click.echo(f"masks, result and report are in {folder}", err=True)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

@@ -159,6 +159,8 @@ def circuit(model: str, data: str, labels: tuple[str, ...], readouts: tuple[str,
         )
         title = f"Circuit probe: {name}" if several else "Circuit probe"
         keep(Path(options["out"]) / name, title, reading, results[name], masks, trace)
+    told = "masks, result and report are in" + (" a folder a probe below" if several else "")
+    click.echo(f"{told} {options['out']}", err=True)
     if not several:
         show(next(iter(results.values())), options["as_json"])
     elif options["as_json"]:
@@ -201,7 +203,8 @@ def subnetwork(model: str, data: str, **options: Any) -> None:
         "seconds": round(trace.seconds, 2),
     }  # fmt: skip
     reading = "Accuracy on held-out rows of the classifier on top of the masked model, and what the mask keeps."
-    keep(options["out"], "Subnetwork probe", reading, result, masks, trace)
+    keep(Path(options["out"]), "Subnetwork probe", reading, result, masks, trace)
+    click.echo(f"masks, result and report are in {options['out']}", err=True)
     show(result, options["as_json"])
 
 
