@@ -45,6 +45,7 @@ def prepare_many(model: str, data: str, labels: Sequence[str], options: dict[str
 
 
 def resid_of(key: str) -> Any:
+    """The readout's configuration."""
     from probing import Readout, ResidualUpdateModelConfig
 
     readout = Readout.parse(key)
@@ -62,6 +63,7 @@ def resid_of(key: str) -> Any:
 
 
 def configs(network: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """What is masked, and what is read."""
     from probing import CircuitConfig, Readout
     from probing._structure import find_layout
 
@@ -125,6 +127,7 @@ def _bar(plan: Any, data: Any) -> Any:
 
 
 def keep(folder: Path, title: str, reading: str, result: dict[str, Any], masks: Any, trace: Any) -> None:
+    """Masks, result.json and report.html of one probe."""
     from probing import plots
     from probing._report import write_report
 
@@ -136,6 +139,7 @@ def keep(folder: Path, title: str, reading: str, result: dict[str, Any], masks: 
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
+    """A result as lines, or as JSON."""
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -154,6 +158,7 @@ def show_table(results: dict[str, dict[str, Any]], columns: Sequence[str]) -> No
 
 
 def rounded(value: float | None) -> float | None:
+    """Four places, where there is a number."""
     return None if value is None else round(value, 4)
 
 
