@@ -113,7 +113,7 @@ def by_neurosurgeon(python: str, model, part: str, data: ProbeData, plan: TrainP
     per_epoch = len(data) // plan.batch_size
     draw = torch.Generator().manual_seed(plan.seed)
     orders = [torch.randperm(len(data), generator=draw) for _ in range(plan.epochs)]
-    rows = [part for order in orders for part in order.split(plan.batch_size)[:per_epoch]]
+    rows = [batch for order in orders for batch in order.split(plan.batch_size)[:per_epoch]]
     leaves = ("c_attn", "c_proj") if part == "attn" else ("c_fc", "c_proj")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder, "model"))

@@ -143,6 +143,8 @@ def test_several_readouts_are_swept_in_one_pass(folder, tmp_path):
         (["--readout", "mlp_update_0"], 2, "--readout names the same twice"),
         (["--label", "noun", "--target-sparsity", 0.5], 2, "one --label and --readout at a time"),
         (["--readout", "attn_update_0", "--loss", "linear"], 2, "one --label and --readout at a time"),
+        (["--label", "../noun"], 2, "cannot name a folder"),
+        (["--label", ".."], 2, "cannot name a folder"),
         (["--label", "nouns"], 1, "did you mean 'noun'"),
         (["--label", "constant"], 1, "label 'constant': all 54 labels are 0"),
     ],

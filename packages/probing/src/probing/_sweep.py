@@ -52,6 +52,9 @@ def fit_many(
     _check(probes, data, plan)
     groups = _groups(probes)
     prefixes = [Prefix(probes[group[0]].eval(), data[group[0]]) for group in groups]
+    with torch.no_grad():
+        if len({prefix.vectors(torch.arange(1), []).shape[-1] for prefix in prefixes}) > 1:
+            raise ConfigError("probes trained together have readouts of one width")
     order_of_probes = [place for group in groups for place in group]
     labels = torch.stack([data[place].labels for place in order_of_probes])
     count, batch = len(data[0]), min(plan.batch_size, len(data[0]))
@@ -75,8 +78,6 @@ def fit_many(
         for prefix, group in zip(prefixes, groups):
             masks = _together([probes[place].circuit.interventions() for place in group], len(rows))
             found.append(prefix.vectors(rows.repeat(len(group)), masks).unflatten(0, (len(group), -1)))
-        if len({vectors.shape[-1] for vectors in found}) > 1:
-            raise ConfigError("probes trained together have readouts of one width")
         loss = soft_nearest_neighbour(torch.cat(found) if len(found) > 1 else found[0], labels[:, rows])
         optimiser.zero_grad(set_to_none=True)
         (loss.sum() + sum(_penalty(probe, plan, step, steps) for probe in probes)).backward()

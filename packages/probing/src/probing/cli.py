@@ -133,6 +133,10 @@ def circuit(model: str, data: str, labels: tuple[str, ...], readouts: tuple[str,
             raise click.UsageError(f"{option} names the same twice: {', '.join(given)}")
     if several and (options["target_sparsity"] is not None or options["loss"] == "linear"):
         raise click.UsageError("--target-sparsity and --loss linear are for one --label and --readout at a time")
+    if len(labels) > 1 and (odd := [each for each in labels if "/" in each or each in ("", ".", "..")]):
+        raise click.UsageError(
+            f"--label {odd[0]!r} cannot name a folder below --out: rename the column, or probe it alone"
+        )
     network, _, tasks = prepare_many(model, data, labels, options)
     tasks = [task for task in tasks for _ in readouts]
     probes = []
