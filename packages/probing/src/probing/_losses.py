@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-5
+_LOG2_E = 1 / math.log(2)
 _CHUNK = 2**24  # similarities held at once
 
 
@@ -118,7 +119,7 @@ def _by_rows(v: Tensor, keys: Tensor | None, tags: Tensor, needs: bool) -> tuple
 
 def _similar(v: Tensor, k: Tensor, diagonal: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """e·wᵢⱼ, and the same where the labels are: […, R, N], with 0 for i itself, ``diagonal`` columns from the left."""
-    w = torch.matmul(v, k.mT).exp_()
+    w = torch.matmul(v * _LOG2_E, k.mT).exp2_()  # a third of the time of exp
     w.diagonal(diagonal, -2, -1).zero_()
     # Straight to floats: a product with booleans converts them each time, which costs more than all the rest.
     return w, torch.eq(rows[..., None], columns[..., None, :], out=torch.empty_like(w)).mul_(w)
