@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 
-from probing import DataError, ReadoutError, beside
+from probing import ConfigError, DataError, ReadoutError, beside
 from probing._structure import example_inputs
 
 
@@ -57,6 +57,26 @@ class TestControlTasks:
         assert real.mean > 0.95
         assert difference == pytest.approx(real.mean - control.mean)
         assert difference > 0.5
+
+    def test_one_key_is_no_task_and_few_keys_still_are(self):
+        x, y = planted(200)
+        one, two = torch.zeros(200, dtype=torch.long), torch.arange(200) % 2
+        for seed in range(6):
+            found = [beside.selectivity((x, y, keys), (x, y, keys), seed=seed, epochs=5) for keys in (one, two)]
+            assert found[0][1:] == (None, None)
+            assert found[1][1] is not None
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
+    def test_labels_of_any_integer_type(self, dtype):
+        x, y = planted(200)
+        y = (y > 0).to(dtype)
+        assert beside.train_vector_probe(x, y, epochs=2).logits(x).shape == (200, 2)
+        assert beside.Eraser.fit(x, y)(x).shape == x.shape
+
+    @pytest.mark.parametrize("how", [{"epochs": 0}, {"hidden": 0}])
+    def test_nothing_to_train_is_refused(self, how):
+        with pytest.raises(ConfigError, match="at least 1"):
+            beside.train_vector_probe(*planted(100), **how)
 
 
 class TestLeace:

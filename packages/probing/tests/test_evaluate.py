@@ -130,6 +130,35 @@ class TestAblation:
         assert torch.isfinite(found).all()
         assert not torch.allclose(found, logits(model, batch))
 
+    @pytest.mark.parametrize(
+        ("path", "stack"),
+        [
+            ("decoder.block.1.layer.2.DenseReluDense.wi", "decoder"),
+            ("decoder.block.1.layer.1.EncDecAttention.k", "encoder"),
+            ("encoder.block.1.layer.1.DenseReluDense.wi", "encoder"),
+        ],
+    )
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_regression_means_of_two_stacks_know_whose_padding_is_meant(self, path, stack, masked):
+        t5 = zoo.make("t5")
+        ids = example_inputs(t5, rows=4, positions=6)["input_ids"]
+        ones = torch.ones_like(ids)
+        masks = {"encoder": ones.clone(), "decoder": ones.clone()}
+        masks["encoder"][::2, 4:], masks["decoder"][1::2, 3:] = 0, 0
+        reference = {"input_ids": ids, "attention_mask": masks["encoder"], "decoder_input_ids": ids.flip(1)}
+        reference |= {"decoder_attention_mask": masks["decoder"]} if masked else {}
+        seen = {}
+        module = t5.get_submodule(path)
+        handle = module.register_forward_hook(lambda m, a, y: seen.update(y=y.detach()))
+        with torch.no_grad():
+            t5(**reference)
+        handle.remove()
+        shown = masks[stack] if masked or stack == "encoder" else ones
+        mean = seen["y"][shown.bool()].mean(0)
+        everything = Masks.of(t5, {path: torch.ones(module.out_features, dtype=torch.bool)})
+        (item,) = evaluate.Ablated(t5, everything, "mean", reference=reference)._items
+        torch.testing.assert_close(item.fill, mean, rtol=1e-5, atol=1e-6)
+
     def test_bad_input(self, model, batch):
         circuit = circuit_of(model)
         with pytest.raises(MaskError, match="reference"):
@@ -290,3 +319,43 @@ def test_knn_draws_differ_and_a_collapsed_readout_scores_chance():
     assert evaluate.knn_accuracy(collapsed, labels, collapsed, labels, draws=2) == pytest.approx([0.2, 0.2])
     with pytest.raises(DataError, match="one class"):
         evaluate.knn_accuracy(noisy, labels * 0, noisy, labels)
+
+
+def test_regression_misspelt_choices_and_sizes_are_refused(model, batch):
+    circuit = circuit_of(model)
+
+    def measure(m):
+        return logits(m, batch).flatten()
+
+    with pytest.raises(ConfigError, match="did you mean 'complement'"):
+        evaluate.ablation(model, circuit, measure, pool="complment")
+    with pytest.raises(ConfigError, match="did you mean 'site'"):
+        evaluate.sample_like(circuit.keep, torch.Generator(), scope="sitez")
+    with pytest.raises(ConfigError, match="controls=-1"):
+        evaluate.ablation(model, circuit, measure, controls=-1)
+    assert "controls=0" in evaluate.ablation(model, circuit, measure, controls=0).undefined
+    for sizes in ((1.0, 0.5), (0.0, 2.0)):
+        with pytest.raises(ConfigError, match="ascending"):
+            evaluate.size_curve(model, circuit, measure, sizes)
+
+
+def test_a_circuit_of_other_weights_can_be_ablated_when_asked_for(model, batch):
+    circuit = circuit_of(model)
+    with torch.no_grad():
+        model.get_submodule(PATHS[0]).weight.mul_(1.5)
+
+    def measure(m):
+        return logits(m, batch).flatten()
+
+    with pytest.raises(MaskError, match="same_weights=False"):
+        evaluate.ablation(model, circuit, measure, controls=1)
+    effect = evaluate.ablation(model, circuit, measure, controls=1, same_weights=False)
+    assert effect.ablated.mean == pytest.approx(
+        measure(evaluate.Ablated(model, circuit, same_weights=False)).mean().item(), abs=1e-5
+    )
+
+
+def test_empty_circuits_agree(model):
+    empty = circuit_of(model, share=0.0)
+    found = evaluate.stability([empty, empty, empty])
+    assert (found.jaccard.mean, found.if_independent) == (1.0, 1.0)

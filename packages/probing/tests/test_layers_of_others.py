@@ -294,3 +294,35 @@ def test_looking_for_the_gradient_leaves_random_masks_modes_and_flags_alone():
         each.train().set_ablate_mode("none")
     for a, b in zip(probe.circuit.interventions(), alone.interventions()):
         assert torch.equal(a.keep, b.keep)
+
+
+def latent_attention():
+    import transformers as tf
+
+    torch.manual_seed(0)
+    small = zoo._SMALL | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 4}
+    small |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 2}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**small)).eval()
+
+
+def test_regression_queries_wider_than_values_are_cached_without_folding():
+    model, data = task("deepseek_v3", model=latent_attention())
+    probe = circuit_probe(model, "deepseek_v3", sites="model.layers.1.self_attn.*")
+    rows = torch.arange(5)
+    torch.testing.assert_close(
+        Prefix(probe, data).vectors(rows), FullModel(probe, data).vectors(rows), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_linear_layer_with_two_outputs_is_named():
+    class Router(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits.softmax(-1), logits
+
+    model = nn.Sequential(nn.Linear(4, 4), Router(4, 3))
+    with (
+        pytest.raises(MaskError, match="'1' returns a tuple"),
+        intervened(model, [Intervention(find_sites(model, ["1"], "neuron")[0], torch.ones(3))]),
+    ):
+        model(torch.randn(2, 4))

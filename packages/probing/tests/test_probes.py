@@ -14,6 +14,7 @@ from probing import (
     MaskError,
     ProbeData,
     ResidualUpdateModelConfig,
+    SiteError,
     SubnetworkProbe,
     SubnetworkProbeConfig,
     TrainPlan,
@@ -120,7 +121,7 @@ def task(kind, rows=12, tokens=False, model=None):
 
 
 def circuit_probe(model, kind="gpt2", part="attn", readout="update", rule="continuous_sparsification", **more):
-    sites = SITES[kind][0 if part == "attn" else 1]
+    sites = more.pop("sites", None) or SITES[kind][0 if part == "attn" else 1]
     resid = ResidualUpdateModelConfig(
         "auto",
         [1],
@@ -129,9 +130,7 @@ def circuit_probe(model, kind="gpt2", part="attn", readout="update", rule="conti
         blocks=zoo.BLOCKS.get(kind),
         **{part: True},
     )
-    circuit = CircuitConfig(
-        rule, {"mask_unit": "neuron", **more.pop("hparams", {})}, [more.pop("sites", sites)], **more
-    )
+    circuit = CircuitConfig(rule, {"mask_unit": "neuron", **more.pop("hparams", {})}, [sites], **more)
     return CircuitProbe(CircuitProbeConfig(f"{part}_{readout}_1", circuit, resid), model)
 
 
@@ -272,8 +271,150 @@ def test_an_interrupted_run_continues_to_the_same_masks(tmp_path):
         train(PLAN, progress=kill, **how)
     resumed = train(PLAN, **how)
     assert all(torch.equal(resumed[path], expected[path]) for path in expected)
-    with pytest.raises(MaskError, match="another config or plan"):
+    with pytest.raises(MaskError, match="another plan"):
         train(TrainPlan(epochs=6, batch_size=5, lr=0.01), **how)
+
+
+class TestCheckpoints:
+    """What continues a run is of that run: same plan, config, data and model."""
+
+    def trained(self, path, change=lambda model, data: data, plan=PLAN, **more):
+        model, data = task("gpt2")
+        data = change(model, data)
+        fit(circuit_probe(model, **more), data, plan, checkpoint=path, checkpoint_every=3)
+
+    def other_labels(self, model, data):
+        return ProbeData(data.inputs, (data.labels + 1) % 3, data.token_mask)
+
+    def fewer_rows(self, model, data):
+        return data.subset(torch.arange(10))
+
+    def other_weights(self, model, data):
+        with torch.no_grad():
+            model.transformer.wte.weight.view(-1)[:2] = model.transformer.wte.weight.view(-1)[:2] * 2
+        return data
+
+    @pytest.mark.parametrize(
+        ("change", "named"), [("other_labels", "data"), ("fewer_rows", "data"), ("other_weights", "model")]
+    )
+    def test_of_other_data_or_weights_is_refused(self, tmp_path, change, named):
+        self.trained(tmp_path / "run.pt")
+        with pytest.raises(MaskError, match=f"another {named}"):
+            self.trained(tmp_path / "run.pt", getattr(self, change))
+
+    def test_of_another_config_is_refused(self, tmp_path):
+        self.trained(tmp_path / "run.pt")
+        with pytest.raises(MaskError, match="another config"):
+            self.trained(tmp_path / "run.pt", l0_lambda=0.5)
+
+    def test_a_damaged_one_is_named_and_folders_are_made(self, tmp_path):
+        self.trained(tmp_path / "new" / "folder" / "run.pt")
+        (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+        with pytest.raises(MaskError, match=r"bad.pt: not readable"):
+            self.trained(tmp_path / "bad.pt")
+        with pytest.raises(ConfigError, match="checkpoint_every"):
+            fit(circuit_probe(task("gpt2")[0]), task("gpt2")[1], PLAN, checkpoint=tmp_path / "x", checkpoint_every=0)
+
+    def test_schedules_may_be_plain_functions(self, tmp_path):
+        plan = TrainPlan(epochs=6, batch_size=5, temperature=lambda step, steps: 1.0 + step)
+        for _ in range(2):
+            self.trained(tmp_path / "run.pt", plan=plan)
+
+
+class TestHandingBack:
+    def flags(self, model):
+        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    def test_the_last_of_several_probes_gives_the_model_back(self):
+        model, _ = task("gpt2")
+        model.train()
+        next(model.parameters()).requires_grad_(False)
+        before = self.flags(model)
+        probes = [circuit_probe(model) for _ in range(3)]
+        for probe in probes[:2]:
+            probe.close()
+            assert not any(p.requires_grad for p in model.parameters())
+        probes[2].close()
+        probes[2].close()
+        assert self.flags(model) == before
+
+    def test_one_that_nobody_holds_any_more_does_not_keep_it(self):
+        model, _ = task("gpt2")
+        before = self.flags(model)
+        probe = circuit_probe(model)
+        probe = circuit_probe(model)
+        probe.close()
+        assert self.flags(model) == before
+
+    @pytest.mark.parametrize("sites", ["transformer.h.1.mlp.*", "transformer.h.0.ln_9"])
+    def test_a_probe_that_cannot_be_made_leaves_it_as_it_was(self, sites):
+        model, _ = task("gpt2")
+        model.train()
+        before = self.flags(model)
+        with pytest.raises(SiteError):
+            circuit_probe(model, part="attn", sites=sites)
+        assert self.flags(model) == before
+
+
+class TestTargetSparsity:
+    @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.7, 1.0])
+    def test_ties_do_not_fall_together(self, share):
+        probe = circuit_probe(task("gpt2")[0])
+        probe.circuit.threshold_to(share)
+        masks = probe.circuit.masks()
+        assert masks.size == round(share * masks.total)
+
+    def test_neighbours_whose_middle_is_one_of_them(self):
+        probe = circuit_probe(task("gpt2")[0])
+        with torch.no_grad():
+            for mask in probe.circuit.each():
+                mask.logits.fill_(1.0)
+                mask.logits[:3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+        probe.circuit.threshold_to(3 / probe.circuit.masks().total)
+        assert probe.circuit.masks().size == 3
+
+    @pytest.mark.parametrize("rule", ["top_k"])
+    def test_rules_that_fix_their_own_share_refuse_one(self, rule):
+        model, data = task("gpt2")
+        with pytest.raises(ConfigError, match="keeps a share of its own"):
+            fit(circuit_probe(model, rule=rule), data, TrainPlan(epochs=1, target_sparsity=0.5))
+
+
+@pytest.mark.parametrize(("kind", "sites"), [("gpt2", None), ("gpt_neo", "transformer.h.1.mlp.c_*"), ("llama", None)])
+def test_half_precision_is_cached_as_it_is_computed(kind, sites):
+    """The gelu in one operation rounds once, where bf16 models round eight times."""
+    model, data = task(kind)
+    model.bfloat16()
+    probe = circuit_probe(model, kind, "mlp", sites=sites)
+    rows = torch.arange(len(data))
+    torch.testing.assert_close(Prefix(probe, data).vectors(rows), FullModel(probe, data).vectors(rows), rtol=0, atol=0)
+
+
+class TestEncoderDecoders:
+    def inputs(self):
+        ids = torch.randint(48, 96, (8, 6), generator=torch.Generator().manual_seed(0))
+        attention = torch.ones_like(ids)
+        attention[::2, 4:] = 0
+        return {"input_ids": ids, "attention_mask": attention, "decoder_input_ids": ids[:, :4].clone()}
+
+    def test_the_probed_stack_says_which_positions_there_are(self):
+        model, _ = task("t5")
+        data = ProbeData.at_last(self.inputs(), torch.arange(8) % 2)
+        with pytest.raises(DataError, match="decoder_input_ids"):
+            fit(circuit_probe(model, "t5"), data, PLAN)
+        data = ProbeData.at_last(self.inputs(), torch.arange(8) % 2, of="decoder_input_ids")
+        assert data.token_mask.shape == (8, 4)
+        fit(circuit_probe(model, "t5"), data, PLAN)
+
+    def test_padding_of_the_encoder_is_not_probed(self):
+        model, _ = task("t5")
+        mask = torch.zeros(8, 6, dtype=torch.bool)
+        mask[:, -1] = True
+        resid = ResidualUpdateModelConfig("t5", [1], attn=True, blocks="encoder.block")
+        circuit = CircuitConfig(target_layers=["encoder.block.1.layer.0.*"])
+        probe = CircuitProbe(CircuitProbeConfig("attn_update_1", circuit, resid), model)
+        with pytest.raises(DataError, match="says is padding"):
+            fit(probe, ProbeData(self.inputs(), torch.arange(8) % 2, mask), PLAN)
 
 
 class TestSeedSemantics:
@@ -445,8 +586,29 @@ class TestBadInput:
     def test_labels_of_one_class(self):
         with pytest.raises(DataError, match="one class"):
             ProbeData(self.data.inputs, torch.zeros(12, dtype=torch.long), self.mask)
-        with pytest.raises(DataError, match="one class"):
-            circuit_probe(self.model)(self.ids, torch.ones(12, dtype=torch.long), self.mask)
+
+    def test_a_batch_of_one_class_or_one_row_has_the_loss_zero(self):
+        """The last batch of an epoch may be such a one."""
+        for rows in (12, 1):
+            probe = circuit_probe(self.model, l0_lambda=0.0).train()
+            loss = probe(self.ids[:rows], torch.ones(rows, dtype=torch.long), self.mask[:rows]).loss
+            loss.backward()
+            assert loss.item() == pytest.approx(0.0, abs=1e-6)
+            assert all(mask.logits.grad.abs().max() < 1e-6 for mask in probe.circuit.each())
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, list, "numpy"])
+    def test_labels_of_any_integer_type(self, dtype):
+        labels = (self.labels > 0).long()
+        given = {list: labels.tolist, "numpy": labels.numpy}.get(dtype, lambda: labels.to(dtype))()
+        data = ProbeData(self.data.inputs, given, self.mask)
+        assert data.labels.dtype == torch.int64
+        assert torch.equal(data.labels, labels)
+        assert torch.isfinite(circuit_probe(self.model)(self.ids, given, self.mask).loss)
+
+    @pytest.mark.parametrize("labels", [[0.5] * 12, ["a"] * 12, [10**12] * 12])
+    def test_labels_that_are_no_class_numbers(self, labels):
+        with pytest.raises(DataError, match="label"):
+            ProbeData(self.data.inputs, labels, self.mask)
 
     def test_a_token_mask_that_selects_nothing(self):
         with pytest.raises(DataError, match="selects no position"):

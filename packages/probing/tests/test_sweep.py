@@ -119,3 +119,25 @@ def test_what_does_not_fit_together_is_refused():
         fit_many([one, circuit_probe(model)], [data, task("gpt2", rows=11)[1]], PLAN)
     with pytest.raises(DataError, match="one position a row"):
         fit_many([one], [task("gpt2", tokens=True)[1]], PLAN)
+
+
+def test_regression_what_cannot_train_together_says_so():
+    model, data = task("gpt2")
+    with pytest.raises(ConfigError, match="nothing to train"):
+        fit_many([circuit_probe(model, rule="random") for _ in range(2)], [data] * 2, PLAN)
+    off = circuit_probe(model)
+    off.circuit.use_masks(False, "*c_attn")
+    with pytest.raises(ConfigError, match="all their masks on"):
+        fit_many([circuit_probe(model), off], [data] * 2, PLAN)
+
+
+def test_masked_and_unmasked_biases_train_beside_each_other():
+    model, data = task("gpt2")
+    hparams = [{"mask_unit": "neuron", "mask_bias": mask_bias} for mask_bias in (False, True)]
+    alone, together = ([circuit_probe(model, hparams=each) for each in hparams] for _ in range(2))
+    for probe in alone:
+        fit(probe, data, PLAN)
+    fit_many(together, [data] * 2, PLAN)
+    for a, b in zip(alone, together):
+        for one, other in zip(a.circuit.parameters(), b.circuit.parameters()):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class Ablated(nn.Module):
         space: whether activations or weights are replaced.
         reference: the model's arguments for the rows that means and deviations are taken over.
         seed: of anything drawn.
+        same_weights: refuse masks found in a model of other weights.
 
     Raises:
         MaskError: masks of another model; units without activations ("weight", "expert") in activation space; a mean
@@ -52,11 +54,12 @@ class Ablated(nn.Module):
         *,
         reference: Mapping[str, Any] | None = None,
         seed: int = 0,
+        same_weights: bool = True,
     ) -> None:
         super().__init__()
         check_choice("how", how, ("zero", "mean", "resample", "random"))
         check_choice("space", space, ("activation", "weight"))
-        remove.check(model)
+        remove.check(model, same_weights=same_weights)
         self.wrapped_model, self.how, self.space = model, how, space
         self._sites = list(remove.sites.values())
         keep = {item.site.path: item for item in (~remove).interventions(model)}
@@ -84,7 +87,10 @@ class Ablated(nn.Module):
         first = first_tensor(args)
         rows = len(next(v for v in (first, *args, *kwargs.values()) if isinstance(v, Tensor)))
         if rows < 2:
-            raise MaskError("how='resample' takes values from another row of the batch, but this batch has only one")
+            raise MaskError(
+                "how='resample' takes values from another row of the batch, but this batch has only one: measure rows "
+                "in batches of at least two"
+            )
 
         def shift(value: Any) -> Any:
             return value.roll(1, 0) if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
@@ -98,16 +104,27 @@ def _statistics(model: nn.Module, masks: Masks, reference: Mapping[str, Any]) ->
     sites = list(masks.sites.values())
     with torch.no_grad(), recorded(model, sites) as seen:
         model(**reference)
-    attended = reference.get("attention_mask")
     found = {}
     for site in sites:
         value = seen[site.path].float()
         channels_last = not isinstance(model.get_submodule(site.path), nn.Conv1d | nn.Conv2d)
         flat = value.flatten(0, -2) if channels_last else value.transpose(0, 1).flatten(1).T
+        attended = _attended(site.path, reference)
         if isinstance(attended, Tensor) and attended.numel() == len(flat):
             flat = flat[attended.flatten().bool()]  # padding is no activation of the model's
         found[site.path] = flat.mean(0), flat.std(0, unbiased=False)
     return found
+
+
+_KEYS_OF_ENCODER = re.compile(r"(enc_?dec_?att|cross_?att|encoder_attn)[^.]*\.(k|v|key|value)(_proj)?$", re.IGNORECASE)
+
+
+def _attended(path: str, reference: Mapping[str, Any]) -> Any:
+    """The mask of the positions that a site sees: in a decoder with an encoder, those of the encoder's only where
+    cross-attention reads them."""
+    if "decoder_input_ids" in reference and "decoder" in path.split(".") and not _KEYS_OF_ENCODER.search(path):
+        return reference.get("decoder_attention_mask")
+    return reference.get("attention_mask")
 
 
 def _from_statistics(

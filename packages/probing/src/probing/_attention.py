@@ -201,6 +201,8 @@ def fold(
     on, off = under(torch.ones(units)), under(torch.zeros(units))
     if on is None or off is None or on.query.dtype not in (torch.float32, torch.float64):
         return None
+    if on.key.shape[-1] != on.value.shape[-1]:  # latent attention has queries wider than its values
+        return None
     code = [torch.zeros_like(channel, dtype=torch.long) for channel in _channels(on, off, on)[0]]
     for bit in range(max(1, (units - 1).bit_length())):
         seen = under(number >> bit & 1 == 1)

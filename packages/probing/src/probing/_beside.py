@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from probing._data import check_labels
-from probing._errors import DataError
+from probing._data import as_labels, check_labels
+from probing._errors import ConfigError, DataError
 from probing._estimate import Estimate
 
 
@@ -68,9 +68,12 @@ def train_vector_probe(
     Raises:
         DataError: labels of one class, or lengths that disagree.
     """
+    labels = as_labels(labels).to(vectors.device)
     if len(vectors) != len(labels):
         raise DataError(f"{len(vectors)} vectors but {len(labels)} labels")
     check_labels(labels)
+    if epochs < 1 or (hidden is not None and hidden < 1):
+        raise ConfigError(f"epochs={epochs} and hidden={hidden} must be at least 1")
     classes = classes or int(labels.max()) + 1
     x = vectors.detach().float()
     mean, scale = x.mean(0), x.std(0, unbiased=False).clamp_min(1e-6)
@@ -116,23 +119,33 @@ def selectivity(
     *,
     seed: int = 0,
     **how: int | float | None,
-) -> tuple[Estimate, Estimate, float]:
+) -> tuple[Estimate, Estimate | None, float | None]:
     """Accuracy, control accuracy and their difference, of a probe trained as `train_vector_probe` does.
+
+    Where all training keys have one control label – a single key, say – there is no control task: None, twice.
 
     Args:
         train: vectors, labels, and keys that the control task labels.
         test: the same for the rows scored; keys shared with ``train`` keep their control label.
-        seed: of the control task.
+        seed: of the control task and the probes.
         **how: for `train_vector_probe`.
     """
-    keys, labels = torch.cat([train[2], test[2]]), torch.cat([train[1], test[1]])
-    control = control_labels(keys, labels, seed).split([len(train[1]), len(test[1])])
+    keys, labels = torch.cat([train[2], test[2]]), torch.cat([as_labels(train[1]), as_labels(test[1])])
+    sizes = [len(train[1]), len(test[1])]
+    # Few keys may all draw one label by accident, which is no task: draw again.
+    draws = (control_labels(keys, labels, seed + again).split(sizes) for again in range(20))
+    control = next((drawn for drawn in draws if len(drawn[0].unique()) > 1), None)
     classes = int(labels.max()) + 1
-    scores = []
-    for train_labels, test_labels in ((train[1], test[1]), control):
-        probe = train_vector_probe(train[0], train_labels, classes=classes, **how)  # type: ignore[arg-type]
-        scores.append(probe.accuracy(test[0], test_labels))
-    return scores[0], scores[1], scores[0].mean - scores[1].mean
+
+    def accuracy(train_labels: Tensor, test_labels: Tensor) -> Estimate:
+        probe = train_vector_probe(train[0], train_labels, classes=classes, seed=seed, **how)  # type: ignore[arg-type]
+        return probe.accuracy(test[0], test_labels)
+
+    real = accuracy(train[1], test[1])
+    if control is None:
+        return real, None, None
+    memorised = accuracy(*control)
+    return real, memorised, real.mean - memorised.mean
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,7 @@ class Eraser:
 
         W is the whitening Σ_xx^{−1/2} (pseudo-inverse), P projects onto the columns of WΣ_xz, z one-hot (eq. 1 there).
         """
+        labels = as_labels(labels).to(vectors.device)
         check_labels(labels)
         x = vectors.detach().double()
         z = F.one_hot(labels, int(labels.max()) + 1).double()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from probing._borrowed import borrowed, given_back
 from probing._configs import ABLATIONS, CircuitConfig
 from probing._controls import sample_like
 from probing._errors import ConfigError, MaskError, SiteError, check_choice
@@ -79,8 +80,6 @@ class CircuitModel(nn.Module):
         self.config = config
         self.wrapped_model = model
         self.rule = config.rule()
-        self._flags = [(m, m.training) for m in model.modules()]
-        self._grads = [(p, p.requires_grad) for p in model.parameters()]
         self._temperature = 1.0
         self._ablation = config.ablation
         self._drawn: dict[str, Any] = {}
@@ -89,6 +88,7 @@ class CircuitModel(nn.Module):
         if config.mask_bias and not any(site.has_bias for site in sites):
             raise SiteError("mask_bias=True, but none of the target layers has a bias")
         self.site_masks = nn.ModuleList(self._site_mask(site) for site in sites)
+        borrowed(model, self)
         if config.freeze_base:
             model.requires_grad_(False)
         self.train(model.training)
@@ -269,15 +269,23 @@ class CircuitModel(nn.Module):
         return between / total if total else 0.0
 
     def threshold_to(self, share: float) -> None:
-        """Shift all logits by one constant so that exactly this share of units is kept, biases not counted."""
+        """Shift all logits by one constant so that exactly this share of units is kept, biases not counted.
+
+        Of units with equal logits at the threshold, the first ones are kept.
+        """
         logits = torch.cat([mask.logits.detach().flatten() for mask in self.each()])
         kept = round(share * logits.numel())
-        order = logits.sort(descending=True).values
-        ends = torch.cat([order[:1] + 1, order, order[-1:] - 1])
-        middle = (ends[kept] + ends[kept + 1]) / 2
+        order = logits.argsort(descending=True, stable=True)
+        ranked = logits[order]
+        ends = torch.cat([ranked[:1] + 1, ranked, ranked[-1:] - 1])
+        shifted = logits - (ends[kept] + ends[kept + 1]) / 2
+        # Ties, and neighbours whose middle is one of them, would fall on one side together.
+        inside, outside = order[:kept], order[kept:]
+        shifted[inside] = shifted[inside].clamp(min=torch.finfo(shifted.dtype).tiny)
+        shifted[outside] = shifted[outside].clamp(max=0)
         with torch.no_grad():
-            for mask in self.each():
-                mask.logits.sub_(middle)
+            for mask, part in zip(self.each(), shifted.split([mask.logits.numel() for mask in self.each()])):
+                mask.logits.copy_(part.view_as(mask.logits))
 
     def masks(self, **info: Any) -> Masks:
         """The binary circuit as an artefact, whatever the ablation mode."""
@@ -303,20 +311,24 @@ class CircuitModel(nn.Module):
         own = {mask.site.path: mask.site for mask in self.each()}
         if own != masks.sites:
             raise MaskError(f"this model masks {', '.join(own)}; the masks are for {', '.join(masks.sites)}")
+        own_biases = {mask.site.path for mask in self.each() if mask.bias_logits is not None}
+        if own_biases != masks.bias_keep.keys():
+            odd = sorted(own_biases ^ masks.bias_keep.keys())[0]
+            raise MaskError(f"{odd!r}: the bias is masked in one of the model and the masks, but not in the other")
         with torch.no_grad():
             for mask in self.each():
                 path = mask.site.path
                 mask.logits.copy_(masks.logits[path] if path in masks.logits else masks.keep[path].float() * 2 - 1)
-                if mask.bias_logits is not None and path in masks.bias_keep:
+                if mask.bias_logits is not None:
                     mask.bias_logits.copy_(masks.bias_keep[path].float() * 2 - 1)
         self._drawn.clear()
 
     def close(self) -> None:
-        """Give the base model back its training and gradient flags. Its weights and outputs never changed."""
-        for module, training in self._flags:
-            module.training = training
-        for parameter, requires_grad in self._grads:
-            parameter.requires_grad_(requires_grad)
+        """Give the base model back its training and gradient flags; of several on one model, the last does.
+
+        Its weights and outputs never changed.
+        """
+        given_back(self.wrapped_model, self)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probing._errors import MaskError
+from probing._errors import MaskError, check_choice
 
 Pool = Literal["all", "complement"]
 Scope = Literal["site", "global"]
@@ -32,6 +32,8 @@ def sample_like(
     Raises:
         MaskError: the control is undefined: the circuit keeps more than half, so its complement is too small.
     """
+    check_choice("pool", pool, ("all", "complement"))
+    check_choice("scope", scope, ("site", "global"))
     if scope == "global":
         flat = torch.cat([mask.flatten().cpu() for mask in circuit.values()])
         drawn = _draw(flat, generator, pool, "all sites together")

@@ -45,10 +45,19 @@ class ProbeData:
         check_attended(self.token_mask, self.inputs)
 
     @classmethod
-    def at_last(cls, inputs: Mapping[str, Tensor], labels: Tensor) -> ProbeData:
-        """Probe each row at its last token that is not padding (by ``attention_mask``, if there is one)."""
-        main = inputs.get("input_ids", next(iter(inputs.values())))
-        return cls(inputs, labels, last_token_mask(main, inputs.get("attention_mask")))
+    def at_last(cls, inputs: Mapping[str, Tensor], labels: Tensor, of: str = "") -> ProbeData:
+        """Probe each row at its last token that is not padding (by the attention mask, if there is one).
+
+        Args:
+            inputs, labels: as for the class.
+            of: the input whose positions are meant, where there are two: ``"decoder_input_ids"`` for readouts of an
+                encoder-decoder's decoder. By default ``input_ids``, or the first.
+        """
+        of = of or ("input_ids" if "input_ids" in inputs else next(iter(inputs)))
+        if of not in inputs:
+            raise DataError(f"of={of!r} names none of the inputs: {', '.join(inputs)}")
+        shown = "decoder_attention_mask" if of.startswith("decoder") else "attention_mask"
+        return cls(inputs, labels, last_token_mask(inputs[of], inputs.get(shown)))
 
     def __len__(self) -> int:
         return len(self.token_mask)
@@ -109,12 +118,42 @@ def last_token_mask(input_ids: Tensor, attention_mask: Tensor | None = None) -> 
     return positions == last[:, None]
 
 
-def select_labels(labels: Tensor, token_mask: Tensor) -> Tensor:
-    """Labels without padding (anything negative), one per probed position.
+_MOST = 1 << 24
+"""Classes; more are taken for labels that were never numbered."""
+
+
+def as_labels(labels: Any) -> Tensor:
+    """Class numbers as int64, from any integer or boolean tensor, array or list.
+
+    >>> as_labels([True, False])
+    tensor([1, 0])
+
+    Raises:
+        DataError: not numbers, no whole numbers, or numbers far too large for classes.
+    """
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels must be whole numbers, one a probed position: {error}") from None
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(f"labels must be integers, found {labels.dtype}")
+    if labels.numel() and int(labels.max()) >= _MOST:
+        raise DataError(f"label {int(labels.max())} is no class number: number the classes from 0 (torch.unique does)")
+    return labels.long()
+
+
+def most_frequent(labels: Tensor) -> float:
+    """The share of the most frequent label: what always answering it would score."""
+    return float(labels.unique(return_counts=True)[1].max() / len(labels))
+
+
+def select_labels(labels: Any, token_mask: Tensor) -> Tensor:
+    """Labels without padding (anything negative), one per probed position, as int64.
 
     Raises:
         DataError: the mask selects nothing, or the counts or places disagree.
     """
+    labels = as_labels(labels)
     if token_mask.dtype != torch.bool or token_mask.ndim != 2:
         raise DataError(
             f"token_mask must be boolean [rows, positions]; found {token_mask.dtype} {tuple(token_mask.shape)}"
@@ -138,22 +177,35 @@ def select_labels(labels: Tensor, token_mask: Tensor) -> Tensor:
 
 def check_labels(labels: Tensor) -> None:
     """Refuse labels that hold one class only."""
-    if labels.is_floating_point():
-        raise DataError(f"labels must be integers, found {labels.dtype}")
     if int(labels.min()) == int(labels.max()):
         raise DataError(f"all {len(labels)} labels are {int(labels[0])}: with one class there is nothing to tell apart")
 
 
-def check_attended(token_mask: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Refuse probed positions that are padding (an encoder-decoder's mask is the encoder's, so nothing is said)."""
-    attended = inputs.get("attention_mask")
-    if not isinstance(attended, Tensor) or attended.shape != token_mask.shape or "decoder_input_ids" in inputs:
+def check_attended(token_mask: Tensor, inputs: Mapping[str, Any], path: str | None = None) -> None:
+    """Refuse probed positions that are padding, or that the probed stack does not have.
+
+    Args:
+        token_mask: [rows, positions].
+        inputs: the model's arguments.
+        path: of the probed block; an encoder-decoder's masks say nothing as long as it is not known whose is meant.
+    """
+    both = "decoder_input_ids" in inputs
+    if both and path is None:
+        return
+    prefix = "decoder_" if both and "decoder" in str(path).split(".") else ""
+    ids, attended = (inputs.get(f"{prefix}{name}") for name in ("input_ids", "attention_mask"))
+    if both and isinstance(ids, Tensor) and ids.shape != token_mask.shape:
+        raise DataError(
+            f"token_mask is {tuple(token_mask.shape)}, but {path!r} sees the rows and positions of {prefix}input_ids, "
+            f"{tuple(ids.shape)}; ProbeData.at_last(…, of={prefix + 'input_ids'!r}) probes the last of these"
+        )
+    if not isinstance(attended, Tensor) or attended.shape != token_mask.shape:
         return
     padding = (token_mask & (attended == 0).to(token_mask.device)).nonzero()
     if len(padding):
         row, position = padding[0].tolist()
         raise DataError(
-            f"token_mask selects position {position} of row {row}, which attention_mask says is padding; "
+            f"token_mask selects position {position} of row {row}, which {prefix}attention_mask says is padding; "
             "ProbeData.at_last finds each row's last real token"
         )
 

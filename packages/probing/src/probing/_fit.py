@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from probing import _checkpoint
 from probing._data import ProbeData
-from probing._errors import ConfigError, DataError, MaskError
+from probing._errors import ConfigError, DataError
 from probing._prefix import FullModel, Prefix
 from probing._probes import CircuitProbe, SubnetworkProbe
 from probing._schedules import Geometric, Schedule
@@ -63,7 +64,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened: one entry a step."""
+    """What happened: one entry a step; ``kept``, the share of units, under a target sparsity only."""
 
     loss: list[float]
     kept: list[float]
@@ -100,12 +101,13 @@ def fit(
         plan: epochs, rates, schedules.
         cache: compute the frozen prefix once. The masks are the same without, only later.
         checkpoint: file to resume from if it exists and to write every ``checkpoint_every`` steps; an interrupted and
-            resumed run gives the same masks as one that was not.
+            resumed run gives the same masks as one that was not. One of another plan, config, model or data is refused.
         checkpoint_every: steps between checkpoints.
         progress: called with (step, steps, loss).
 
     Raises:
         DataError: fewer rows than a batch, or labels of one class.
+        MaskError: a checkpoint that is damaged or of another run.
         SiteError: masks the readout cannot see.
     """
     import time
@@ -115,6 +117,8 @@ def fit(
     batch = min(plan.batch_size, len(data))
     if len(data) < 3:
         raise DataError(f"{len(data)} rows are too few to train on")
+    if checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
     probe.eval()
     source = Prefix(probe, data) if cache else FullModel(probe, data)
     linear = isinstance(probe, CircuitProbe) and probe.config.loss == "linear"
@@ -124,8 +128,9 @@ def fit(
     trainer = _Trainer(probe, plan, steps)
     state = _State(0, torch.empty(0, dtype=torch.long), torch.Generator().manual_seed(plan.seed))
     path = Path(checkpoint) if checkpoint is not None else None
+    identity = {} if path is None else _checkpoint.identity(plan, probe.config.to_dict(), data, probe.base)
     if path is not None and path.exists():
-        trainer.load(path, state)
+        trainer.load(_checkpoint.read(path, identity), state)
     probe.train()
     while state.step < steps:
         at = state.step % per_epoch
@@ -137,7 +142,7 @@ def fit(
         if progress is not None:
             progress(state.step, steps, float(trainer.losses[-1]))
         if path is not None and state.step % checkpoint_every == 0:
-            trainer.save(path, state)
+            _checkpoint.write(path, {**identity, **trainer.saved(state)})
         if plan.stop_undecided is not None and probe.circuit.undecided() < plan.stop_undecided:
             break
     probe.eval()
@@ -166,6 +171,11 @@ class _Trainer:
         if not masks and not head:
             raise ConfigError(
                 f"{probe.config.circuit_config.mask_method!r} has no parameters, so there is nothing to train"
+            )
+        if plan.target_sparsity is not None and not probe.circuit.rule.thresholded:
+            raise ConfigError(
+                f"{probe.config.circuit_config.mask_method!r} keeps a share of its own, whatever the target: set that "
+                "(mask_hparams), or leave target_sparsity out"
             )
         groups = [{"params": masks, "lr": plan.lr}, {"params": head, "lr": plan.probe_lr}]
         groups = [group for group in groups if group["params"]]
@@ -215,11 +225,9 @@ class _Trainer:
         weight = config.l0_lambda if plan.l0_lambda is None else plan.l0_lambda(step, self.steps)
         return weight * circuit.l0_loss()
 
-    def save(self, path: Path, state: _State) -> None:
-        """Everything that decides the rest of the run; written aside and renamed, so never torn."""
-        blob = {
-            "plan": _plain(self.plan),
-            "config": self.probe.config.to_dict(),
+    def saved(self, state: _State) -> dict[str, Any]:
+        """Everything that decides the rest of the run."""
+        return {
             "masks": self.probe.circuit.site_masks.state_dict(),
             "head": self.probe.probe.state_dict() if isinstance(self.probe, SubnetworkProbe) else {},
             "optimiser": self.optimiser.state_dict(),
@@ -230,17 +238,9 @@ class _Trainer:
             "step": state.step,
             "trace": ([float(loss) for loss in self.losses], self.kept, self.temperatures),
         }
-        aside = path.with_name(path.name + ".part")
-        torch.save(blob, aside)
-        aside.replace(path)
 
-    def load(self, path: Path, state: _State) -> None:
-        """Continue where `save` was."""
-        blob = torch.load(path, weights_only=True)
-        if blob["plan"] != _plain(self.plan) or blob["config"] != self.probe.config.to_dict():
-            raise MaskError(
-                f"{path}: this checkpoint is of a run with another config or plan; delete it or repeat that run"
-            )
+    def load(self, blob: dict[str, Any], state: _State) -> None:
+        """Continue where `saved` was."""
         self.probe.circuit.site_masks.load_state_dict(blob["masks"])
         if isinstance(self.probe, SubnetworkProbe):
             self.probe.probe.load_state_dict(blob["head"])
@@ -251,8 +251,3 @@ class _Trainer:
         state.order, state.step = blob["order"], blob["step"]
         state.generator.set_state(blob["order_random"])
         self.losses, self.kept, self.temperatures = (list(values) for values in blob["trace"])
-
-
-def _plain(plan: TrainPlan) -> dict[str, Any]:
-    kinds = {name: type(getattr(plan, name)).__name__ for name in ("temperature", "l0_lambda")}
-    return {**asdict(plan), "kinds": kinds}

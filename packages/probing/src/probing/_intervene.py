@@ -106,7 +106,12 @@ def _outputs(module: nn.Module, item: Intervention) -> Iterator[None]:
         vector = _by_row(vector.to(output.dtype), output)
         return vector if channels_last else vector.view(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[union-attr]
 
-    def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hook(_: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):  # a router that is a linear layer, with more than one output
+            raise MaskError(
+                f"{item.site.path!r} returns a {type(output).__name__}, not its neurons alone: leave it out of the "
+                "masked sites"
+            )
         keep = along(item.keep, output)
         shift = None if bias is None else along(bias, output)
         if shift is not None and not own:

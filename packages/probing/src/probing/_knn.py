@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from probing._data import ProbeData
+from probing._data import ProbeData, most_frequent
 from probing._errors import DataError
 from probing._estimate import Estimate
 from probing._losses import unit
@@ -92,5 +92,4 @@ def evaluate_knn(probe: _Probe[Any], train: ProbeData, test: ProbeData, *, draws
         reference, tested = (probed_vectors(probe, data, masked=masked) for data in (train, test))
         scores = knn_accuracy(reference, train.labels, tested, test.labels, draws=draws, seed=seed)
         found[masked] = Estimate.over_draws(scores)
-    chance = float(test.labels.bincount().max() / len(test.labels))
-    return KnnResult(found[True], found[False], chance)
+    return KnnResult(found[True], found[False], most_frequent(test.labels))

@@ -58,6 +58,8 @@ class Masks:
             MaskError: a mask whose shape is not its site's.
         """
         sites = {site.path: site for site in find_sites(model, list(keep), unit)}
+        if odd := sorted(sites.keys() ^ keep.keys()):
+            raise SiteError(f"{odd[0]!r} is not both a mask's name and a module's: name each module's path in full")
         for path, site in sites.items():
             if tuple(keep[path].shape) != site.shape:
                 raise MaskError(f"{path!r}: the mask has shape {tuple(keep[path].shape)}, the site {site.shape}")
@@ -179,9 +181,13 @@ class Masks:
             "info": self.info,
         }
         described["tensors"] = _digest(tensors)
+        try:
+            written = json.dumps(described, indent=2) + "\n"
+        except TypeError as error:
+            raise MaskError(f"info must hold plain values, as JSON has them: {error}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
-        path.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(written, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
@@ -217,6 +223,8 @@ class Masks:
 def overlap(a: Masks, b: Masks) -> dict[str, float]:
     """Jaccard index of two circuits over all units, and what independent circuits of these sizes would have.
 
+    Two empty circuits are the same: 1, and so by chance.
+
     >>> overlap(a, b)["jaccard"]  # doctest: +SKIP
     0.81
     """
@@ -225,8 +233,8 @@ def overlap(a: Masks, b: Masks) -> dict[str, float]:
     expected = sum(float(a.keep[p].sum()) * float(b.keep[p].sum()) / a.keep[p].numel() for p in a.keep)
     union = a.size + b.size - expected
     return {
-        "jaccard": both / either if either else float("nan"),
-        "jaccard_if_independent": expected / union if union else float("nan"),
+        "jaccard": both / either if either else 1.0,
+        "jaccard_if_independent": expected / union if union else 1.0,
         "intersection": float(both),
         "union": float(either),
     }

@@ -74,13 +74,15 @@ class Prefix:
     """
 
     def __init__(self, probe: _Probe[Any], data: ProbeData, batch_size: int = 256) -> None:
+        probe.check(data.token_mask, data.inputs)
         self.probe, self.data = probe, data
         self._modules = dict(probe.base.named_modules())
         self._sites = probe.circuit.sites
         self._chain, self._source = self._find_chain()
         self._padded = padded_row(data)
         inside = [m for root in self._chain for m in self._modules[root].modules()]
-        self._gelus = [module for module in inside if type(module) is NewGELUActivation]
+        exact = next(probe.base.parameters()).dtype in (torch.float32, torch.float64)  # half precision rounds each step
+        self._gelus = [module for module in inside if exact and type(module) is NewGELUActivation]
         self._selects: _Selection = None
         self._selects = self._find_selection()
         # Models build another mask, or none, for batches without padding: each batch here has the same padded row more.

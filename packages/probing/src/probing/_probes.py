@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from probing._circuit import CircuitModel
 from probing._configs import CircuitProbeConfig, SubnetworkProbeConfig
-from probing._data import check_attended, check_labels, select_labels
+from probing._data import check_attended, select_labels
 from probing._errors import DataError, SiteError
 from probing._losses import soft_nearest_neighbour
 from probing._readout import Readout, ResidualUpdateModel, unwrap
@@ -35,9 +35,13 @@ class _Probe(nn.Module, Generic[_C]):
         super().__init__()
         self.config = config
         circuit = CircuitModel(config.circuit_config, model)
-        self.wrapped_model = ResidualUpdateModel(config.resid_config, circuit, example)
-        self.readout = Readout.parse(config.probe_vectors)
-        self._check_reach(example)
+        try:
+            self.wrapped_model = ResidualUpdateModel(config.resid_config, circuit, example)
+            self.readout = Readout.parse(config.probe_vectors)
+            self._check_reach(example)
+        except BaseException:  # nobody would have anything to close
+            circuit.close()
+            raise
 
     def _check_reach(self, example: Mapping[str, Any] | None) -> None:
         """A mask that no gradient of the readout reaches would follow the penalty alone."""
@@ -84,9 +88,14 @@ class _Probe(nn.Module, Generic[_C]):
         """Give the base model back its training and gradient flags."""
         self.circuit.close()
 
+    def check(self, token_mask: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Refuse positions that the probed stack does not have, or that are padding there."""
+        layout = next(entry for entry in self.wrapped_model.layouts if entry.index == self.readout.layer)
+        check_attended(token_mask, inputs, layout.path)
+
     def vectors(self, token_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The readout at the probed positions, [R, d] ([R, heads·head_dim] for head outputs), row by row."""
-        check_attended(token_mask, kwargs)
+        self.check(token_mask, kwargs)
         self.wrapped_model(*args, **kwargs)
         found = self.wrapped_model.vector_cache[self.config.probe_vectors]
         if found.shape[:2] != token_mask.shape:
@@ -148,8 +157,7 @@ class CircuitProbe(_Probe[CircuitProbeConfig]):
         vectors = self.vectors(token_mask, **kwargs)
         loss = None
         if labels is not None:
-            labels = select_labels(labels, token_mask)
-            check_labels(labels)
+            labels = select_labels(labels, token_mask)  # of one class, as a small batch may be: its loss is 0
             loss = self.loss(vectors, labels, full)[0] + self.penalty()
         if not return_dict:
             return (vectors,) if loss is None else (loss, vectors)

@@ -24,6 +24,8 @@ class MaskRule:
     trainable: ClassVar[bool] = True
     anneals: ClassVar[bool] = False
     """Whether the training mask depends on a temperature (here an inverse one: larger is harder)."""
+    thresholded: ClassVar[bool] = True
+    """Whether the final mask keeps the positive logits, however many; if not, the rule fixes how many."""
 
     def initial(self, magnitudes: Tensor, generator: torch.Generator) -> Tensor:
         """Logits to start from, fp32; ``magnitudes`` holds one weight norm per unit and gives the shape."""
@@ -150,6 +152,7 @@ class TopK(MaskRule):
     """Exactly ⌈keep · n⌉ units of each site, straight-through (Ramanujan et al. 2020)."""
 
     name = "top_k"
+    thresholded = False
     keep: float = 0.1
 
     def __post_init__(self) -> None:
@@ -183,6 +186,7 @@ class Magnitude(MaskRule):
 
     name = "magnitude_pruning"
     trainable = False
+    thresholded = False
     prune_percentage: float = 0.2
 
     def __post_init__(self) -> None:

@@ -93,10 +93,11 @@ def fit_many(
 
 
 def _groups(probes: Sequence[CircuitProbe]) -> list[list[int]]:
-    """Places of the probes that share readout and sites."""
-    groups: dict[tuple[Readout, tuple[Site, ...]], list[int]] = {}
+    """Places of the probes that share readout, sites and whether biases are masked."""
+    groups: dict[tuple[Readout, tuple[Site, ...], bool], list[int]] = {}
     for place, probe in enumerate(probes):
-        groups.setdefault((probe.readout, tuple(probe.circuit.sites)), []).append(place)
+        key = (probe.readout, tuple(probe.circuit.sites), probe.circuit.config.mask_bias)
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 
@@ -134,6 +135,10 @@ def _check(probes: Sequence[CircuitProbe], data: Sequence[ProbeData], plan: Trai
         if probe.config.loss != "contrastive" or any(site.unit not in _ROWWISE for site in probe.circuit.sites):
             units = ", ".join(_ROWWISE)
             raise ConfigError(f"probes trained together have the contrastive loss and units of kind {units}")
+        if not probe.circuit.rule.trainable:
+            raise ConfigError(f"{probe.circuit.config.mask_method!r} has no parameters, so there is nothing to train")
+        if not all(mask.active for mask in probe.circuit.each()):
+            raise ConfigError("probes trained together have all their masks on: use_masks(True), or use fit")
     if plan.target_sparsity is not None or plan.stop_undecided is not None:
         raise ConfigError("target_sparsity and stop_undecided steer single runs: use fit")
     if any(part.inputs is not data[0].inputs and not _same(part, data[0]) for part in data):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from probing._ablate import Ablated, How, Space
 from probing._controls import Pool, Scope, sample_like, undefined_sites
-from probing._errors import DataError, MaskError
+from probing._errors import ConfigError, DataError, MaskError, check_choice
 from probing._estimate import Estimate
 from probing._knn import KnnResult, evaluate_knn, knn_accuracy, probed_vectors
 from probing._masks import Masks, overlap
@@ -86,6 +86,7 @@ def ablation(
     pool: Pool = "complement",
     scope: Scope = "site",
     seed: int = 0,
+    same_weights: bool = True,
 ) -> AblationEffect:
     """Remove the circuit, then ``controls`` random sets of the same size.
 
@@ -100,10 +101,16 @@ def ablation(
         pool: draw from outside the circuit, or from all units.
         scope: match sizes at every site, or in total.
         seed: of the draws.
+        same_weights: refuse a circuit found in a model of other weights.
     """
+    check_choice("pool", pool, ("all", "complement"))
+    check_choice("scope", scope, ("site", "global"))
+    if controls < 0:
+        raise ConfigError(f"controls={controls}: how many random sets must be 0 or more")
 
     def without(units: Masks, draw: int = 0) -> Tensor:
-        return measure(Ablated(model, units, how, space, reference=reference, seed=seed + draw))
+        how_ = {"reference": reference, "seed": seed + draw, "same_weights": same_weights}
+        return measure(Ablated(model, units, how, space, **how_))
 
     full, ablated = measure(model), without(circuit)
     drop = float(full.double().mean() - ablated.double().mean())
@@ -112,6 +119,8 @@ def ablation(
     reason, scores = None, []
     if not circuit.size:
         reason = "the circuit is empty: removing nothing has no control"
+    elif not controls:
+        reason = "no random circuits were asked for (controls=0)"
     else:
         try:
             for draw in range(controls):
@@ -183,8 +192,11 @@ def size_curve(
 
     Raises:
         MaskError: the masks carry no logits.
+        ConfigError: sizes that are no ascending shares.
         DataError: the sites make no difference to the measure.
     """
+    if list(sizes) != sorted(sizes) or not all(0 <= size <= 1 for size in sizes):
+        raise ConfigError(f"sizes={tuple(sizes)} must be shares from 0 to 1, ascending")
     if not scores.logits:
         raise MaskError("these masks carry no logits to rank units by; use trained masks, not results of set algebra")
     flat = torch.cat([scores.logits[path].flatten() for path in scores.sites])
