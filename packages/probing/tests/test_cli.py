@@ -11,8 +11,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import probing
-from probing import DataError, Masks
-from probing._task import choice_measure, load_task
+from probing import Masks
 from probing.cli import probe
 
 WORDS = ["[PAD]", "[UNK]", "the", "man", "men", "dog", "dogs", "cat", "cats", "near", "is", "are", "old", "red", "The"]
@@ -97,7 +96,7 @@ def test_a_circuit_is_found_kept_and_evaluated(folder, tmp_path):
 
 def test_several_labels_are_trained_together_and_end_as_alone(folder, tmp_path):
     options = ["--readout", "mlp_update_0", "--epochs", 5, "--batch-size", 16, "--lr", 0.05, "--l0-lambda", 1e-6]
-    options += ["--position", "word:noun"]
+    options += ["--position", "word:noun", "--seed", 1]  # a draw with every noun in both parts: none changes sides
     files = [folder, folder / "rows.jsonl"]
     both = ["--label", "number", "--label", "noun"]
     found = run("circuit", *files, *both, *options, "--out", tmp_path / "both", "--json")
@@ -146,7 +145,7 @@ def test_several_readouts_are_swept_in_one_pass(folder, tmp_path):
         (["--label", "../noun"], 2, "cannot name a folder"),
         (["--label", ".."], 2, "cannot name a folder"),
         (["--label", "nouns"], 1, "did you mean 'noun'"),
-        (["--label", "constant"], 1, "label 'constant': all 54 labels are 0"),
+        (["--label", "constant"], 1, "label 'constant': all 72 rows of"),
     ],
 )
 def test_several_labels_that_cannot_be_together_are_refused(folder, tmp_path, arguments, code, message):
@@ -163,7 +162,7 @@ def test_a_subnetwork_probe_reports_held_out_accuracy(folder, tmp_path):
     options = ["--readout", "mlp_stream_0", "--epochs", 4, "--batch-size", 16, "--hidden", 8, "--out", tmp_path]
     found = run("subnetwork", *task_arguments(folder), *options, "--target-sparsity", 0.5, "--json")
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout)["units kept"] == "80 of 160"
+    assert json.loads(found.stdout)["units kept"] == {"kept": 80, "of": 160}
 
 
 def test_a_linear_probe_reads_the_word_and_leace_erases_it(folder):
@@ -184,7 +183,6 @@ def test_a_linear_probe_reads_the_word_and_leace_erases_it(folder):
         (["--readout", "mlp_updat_0"], "names no readout"),
         (["--readout", "mlp_update_7"], "layer 7 does not exist"),
         (["--sites", "transformer.h.0.mlp.c_fx"], "transformer.h.0.mlp.c_fc"),
-        (["--method", "magic"], "mask_method='magic'"),
         (["--label", "constant"], "one class"),
     ],
 )
@@ -206,43 +204,3 @@ def test_a_missing_model_and_foreign_masks_are_messages_too(folder, tmp_path):
     assert "no such file" in found.output
     found = run("evaluate", *task_arguments(folder), "--masks", tmp_path / "none", "--answers", " are")
     assert found.exit_code == 2
-
-
-def test_positions_count_from_the_text_whatever_the_padding(folder):
-    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
-    tokenizer.padding_side = "left"
-    rows = [
-        {"text": "the old man", "y": 0, "w": "old"},
-        {"text": "the dogs near the red cat", "y": 1, "w": "the red"},
-        {"text": "the cat", "y": 1, "w": "the"},
-    ]
-    for position, expected in {
-        "last": [2, 5, 1],
-        "first": [0, 0, 0],
-        "-2": [1, 4, 0],
-        "1": [1, 1, 1],
-        "word:w": [1, 4, 0],
-    }.items():
-        task = load_task(rows, tokenizer, label="y", position=position, test_rows=rows)
-        assert task.train.token_mask.int().argmax(1).tolist() == expected
-    with pytest.raises(DataError, match="never in the training rows"):
-        load_task(rows, tokenizer, label="y", test_rows=[{"text": "the cat", "y": 7}])
-
-
-def test_the_choice_measure_compares_whole_answers(folder):
-    model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(folder), tf.AutoTokenizer.from_pretrained(folder)
-    rows = [
-        {"text": text, "y": n % 2} for n, text in enumerate(["the man", "the old dogs", "the cat", "the red men near"])
-    ]
-    task = load_task(rows, tokenizer, label="y", test_rows=rows)
-    answers = [[10], [11, 3]]
-    right = []
-    with torch.no_grad():
-        for row in rows:  # the definition: one text and one answer at a time
-            ids = tokenizer(row["text"]).input_ids
-            scores = []
-            for answer in answers:
-                log_p = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
-                scores.append(sum(log_p[len(ids) - 1 + i, token].item() for i, token in enumerate(answer)))
-            right.append(float(max(range(2), key=scores.__getitem__) == row["y"]))
-    assert choice_measure(task.test, answers)(model).tolist() == right

@@ -83,7 +83,7 @@ def test_layers_and_sub_blocks_are_trained_in_one_pass():
     parts = [relabelled(data, seed % 3) for seed in range(len(alone))]
     traces = [fit(probe, own, PLAN) for probe, own in zip(alone, parts)]
     steps = []
-    found = fit_many(together, parts, PLAN, progress=lambda step, of: steps.append((step, of)))
+    found = fit_many(together, parts, PLAN, progress=lambda step, of, loss: steps.append((step, of)))
     for a, b, x, y in zip(alone, together, traces, found):
         for one, other in zip(a.circuit.site_masks, b.circuit.site_masks):
             torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)

@@ -1,50 +1,73 @@
-"""What the options of ``trace probe`` ask for: model, task, configuration, training; and where the results go.
+"""What the options of ``trace probe`` ask for: tasks, model, configuration, training.
 
 Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 
-def prepare(model: str, data: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer and the task of one label."""
-    network, tokenizer, (task,) = prepare_many(model, data, [options["label"]], options)
-    return network, tokenizer, task
+def prepare(model: str, data: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model's source and the task of one label; `load` then loads the model."""
+    source, (task,) = prepare_many(model, data, [options["label"]], options)
+    return source, task
 
 
-def prepare_many(model: str, data: str, labels: Sequence[str], options: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-    """The model, its tokenizer, and a task a label: the same rows and positions, other variables."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def prepare_many(model: str, data: str, labels: Sequence[str], options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The model's source, and a task a label: the same rows and positions, other variables.
 
-    from probing import DataError
-    from probing._task import load_task, read_rows
+    Files are read before the model's weights are, so that a mistake in them shows at once.
+    """
+    from probing._load import find_source
+    from probing._table import read_table
+    from probing._task import load_tasks
 
-    rows = read_rows(data)
-    test = read_rows(options["test"]) if options["test"] else None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tasks = []
-    for label in labels:
-        try:
-            tasks.append(
-                load_task(
-                    rows, tokenizer, label=label, text=options["text"], position=options["position"], test_rows=test,
-                    test_share=options["test_share"], seed=options["seed"],
-                )
-            )  # fmt: skip
-        except DataError as error:
-            raise error if len(labels) == 1 else DataError(f"label {label!r}: {error}") from None
-    return AutoModelForCausalLM.from_pretrained(model).eval(), tokenizer, tasks
+    rows = read_table(data)
+    test = read_table(options["test"]) if options["test"] else None
+    source = find_source(model, options["blocks"])
+    tasks = load_tasks(
+        rows,
+        source.tokenizer,
+        labels=labels,
+        reading=_reading(source, options),
+        test_rows=test,
+        test_share=options["test_share"],
+        skip_missing=options["missing"] == "skip",
+        seed=options["seed"],
+    )
+    if tasks[0].left_out:
+        total = len(rows) + len(test or [])
+        click.echo(f"left out {tasks[0].left_out} of {total} rows, which lack a text or a value", err=True)
+    return source, tasks
 
 
-def resid_of(key: str) -> Any:
+def _reading(source: Any, options: dict[str, Any]) -> Any:
+    from probing._task import Reading
+
+    context, longest = source.context, options["max_length"]
+    if longest is not None and context is not None and longest > context:
+        raise click.UsageError(f"--max-length {longest} is more than the {context} tokens that the model takes")
+    return Reading(options["text"], options["position"], longest or context, context, options["cut"])
+
+
+def load(source: Any, tasks: Sequence[Any], options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The model, as `Loaded`, and the tasks where it lies."""
+    from probing._load import check_positions, load_model
+
+    loaded = load_model(source, precision=options["precision"], device=options["device"])
+    for part, places in zip((tasks[0].train, tasks[0].test), tasks[0].places):
+        check_positions(loaded.model, part.inputs["attention_mask"].sum(1).tolist(), places)
+    return loaded, [task.to(loaded.model.device) for task in tasks]
+
+
+def resid_of(key: str, blocks: str | None = None) -> Any:
     """The readout's configuration."""
     from probing import Readout, ResidualUpdateModelConfig
 
@@ -59,39 +82,24 @@ def resid_of(key: str) -> Any:
         resid=part == "resid",
         heads=part == "head",
         stream=readout.kind.endswith("_stream"),
+        blocks=blocks,
     )
 
 
-def configs(network: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+def configs(network: Any, key: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """What is masked, and what is read."""
     from probing import CircuitConfig, Readout
-    from probing._structure import find_layout
+    from probing._default_sites import default_sites
 
     sites = list(options["sites"])
-    if not sites:
-        readout = Readout.parse(options["readout"])
-        sites = _sub_block(network, find_layout(network, [readout.layer])[0], readout.kind, options["unit"])
+    sites = sites or default_sites(network, Readout.parse(key), options["unit"], options["blocks"])
     config = CircuitConfig(
         options["method"], {"mask_unit": options["unit"]}, sites, l0_lambda=options["l0_lambda"], seed=options["seed"]
     )
-    return config, resid_of(options["readout"])
+    return config, resid_of(key, options["blocks"])
 
 
-def _sub_block(network: Any, layout: Any, kind: str, unit: str) -> list[str]:
-    """What to mask where nobody says: the linear maps of the sub-block that the readout reads, or its projection."""
-    from probing import find_sites
-
-    part = 1 if kind.startswith("mlp") else 0
-    if unit == "head":
-        return [str(layout.projection)]
-    if unit == "module":
-        return [layout.mlp if part else layout.attn]
-    around = layout.sources[part].rpartition(".")[0]
-    return [site.path for site in find_sites(network, f"{around}.*", unit)]
-
-
-def plan_of(options: dict[str, Any]) -> Any:
-    """How to train."""
+def _plan_of(options: dict[str, Any]) -> Any:
     from probing import TrainPlan
 
     return TrainPlan(
@@ -104,66 +112,72 @@ def plan_of(options: dict[str, Any]) -> Any:
 
 
 def train(probe: Any, data: Any, options: dict[str, Any]) -> Any:
-    """One probe, with a bar."""
+    """One probe, with a bar and a checkpoint in --out, from which an interrupted run goes on."""
     from probing import fit
 
-    plan = plan_of(options)
-    with _bar(plan, data) as bar:
-        return fit(probe, data, plan, progress=lambda step, steps, loss: bar.update(1))
+    plan, checkpoint = _plan_of(options), checkpoint_of(options["out"])
+    steps = _steps(plan, data)
+    if checkpoint.exists():
+        click.echo(f"going on from {checkpoint}", err=True)
+    with _bar(steps) as bar:
+        return fit(
+            probe,
+            data,
+            plan,
+            checkpoint=checkpoint,
+            checkpoint_every=min(200, max(1, steps // 10)),
+            progress=lambda step, steps, loss: bar.update(step - bar.pos),
+        )
 
 
 def train_together(probes: Sequence[Any], data: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """Several probes as one batch, with a bar."""
     from probing import fit_many
 
-    plan = plan_of(options)
-    with _bar(plan, data[0]) as bar:
-        return fit_many(probes, data, plan, progress=lambda step, steps: bar.update(1))
+    plan = _plan_of(options)
+    with _bar(_steps(plan, data[0])) as bar:
+        return fit_many(probes, data, plan, progress=lambda step, steps, loss: bar.update(1))
 
 
-def _bar(plan: Any, data: Any) -> Any:
-    steps = plan.epochs * (len(data) // min(plan.batch_size, len(data)))
-    return click.progressbar(length=steps, label="training", file=sys.stderr)
+def _steps(plan: Any, data: Any) -> int:
+    return plan.epochs * (len(data) // min(plan.batch_size, len(data)))
 
 
-def keep(folder: Path, title: str, reading: str, result: dict[str, Any], masks: Any, trace: Any) -> None:
-    """Masks, result.json and report.html of one probe."""
-    from probing import plots
-    from probing._report import write_report
+def _bar(steps: int) -> Any:
+    return progress(steps, "training")
 
+
+def progress(steps: int, label: str) -> Any:
+    """A bar on stderr."""
+    return click.progressbar(length=steps, label=label, file=sys.stderr)
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Where an unfinished run is kept."""
+    return folder / "checkpoint.pt"
+
+
+@contextmanager
+def resumable(folder: Path, *, several: bool = False) -> Iterator[None]:
+    """A run that leaves no checkpoint when it ends, and says on Ctrl-C what is kept of it.
+
+    Args:
+        folder: made here, for who cannot write should know before training.
+        several: probes trained together, which have no checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    masks.save(folder / "masks.safetensors")
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    figures = {"Units kept": plots.kept_by_layer([masks]), "Training": plots.training({"loss": trace})}
-    write_report(folder / "report.html", title, reading, result, figures)
-
-
-def show(result: dict[str, Any], as_json: bool) -> None:
-    """A result as lines, or as JSON."""
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    width = max(map(len, result))
-    for name, value in result.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        click.echo(f"{name:<{width}}  {shown}")
-
-
-def show_table(results: dict[str, dict[str, Any]], columns: Sequence[str]) -> None:
-    """A line a variable."""
-    lines = [("variable", *columns), *((name, *(str(each[at]) for at in columns)) for name, each in results.items())]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
-
-
-def rounded(value: float | None) -> float | None:
-    """Four places, where there is a number."""
-    return None if value is None else round(value, 4)
-
-
-def continuation(tokenizer: Any, word: str) -> list[int]:
-    """Tokens of a word as it continues a sentence."""
-    before = tokenizer("The man", add_special_tokens=False).input_ids
-    after = tokenizer("The man" + word, add_special_tokens=False).input_ids
-    return after[len(before) :]
+    checkpoint = checkpoint_of(folder)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if several:
+            told = "probes trained together keep no checkpoint, so the same command starts anew"
+        elif checkpoint.exists():
+            told = f"the same command goes on from {checkpoint}"
+        else:
+            told = "no checkpoint was written yet, so the same command starts anew"
+        click.echo(f"\n{told}", err=True)
+        raise click.Abort from None
+    if not several:
+        for path in (checkpoint, checkpoint.with_name(checkpoint.name + ".part")):
+            path.unlink(missing_ok=True)

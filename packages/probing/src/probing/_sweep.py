@@ -26,7 +26,7 @@ def fit_many(
     data: Sequence[ProbeData],
     plan: TrainPlan | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> list[Trace]:
     """Train circuit probes of one model together; each ends as `fit` would have left it.
 
@@ -42,7 +42,7 @@ def fit_many(
         probes: on one model, with readouts of one width; λ, seed, readout and sites may differ.
         data: one for each probe: the same inputs and positions, one position a row; labels may differ.
         plan: for all; no target sparsity and no early stop here.
-        progress: called with (step, steps).
+        progress: called with (step, steps, mean loss of the probes), as `fit` calls it.
 
     Raises:
         ConfigError: probes that do not fit together.
@@ -84,7 +84,7 @@ def fit_many(
         optimiser.step()
         losses.append(loss.detach())
         if progress is not None:
-            progress(step + 1, steps)
+            progress(step + 1, steps, float(losses[-1].mean()))
     for probe in probes:
         probe.eval()
     table = dict(zip(order_of_probes, torch.stack(losses).T.tolist()))

@@ -1,20 +1,20 @@
-"""A probing task from a file: rows of text, a label column, and a rule for the position looked at."""
+"""A probing task from rows: texts, a label column, a rule for the position looked at, and two parts."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probing._data import ProbeData, last_token_mask
 from probing._errors import DataError
+from probing._place import Position
+from probing._split import split
+from probing._table import Table
 
 
 @dataclass(frozen=True)
@@ -25,183 +25,180 @@ class TextTask:
         train: rows the probe learns from.
         test: rows it is scored on.
         names: the label each class number stands for.
-        texts: the texts of train and test rows, in their order.
+        places: where train and test rows stand in their files.
+        left_out: rows without a value, left out of the files.
     """
 
     train: ProbeData
     test: ProbeData
     names: list[str]
-    texts: tuple[list[str], list[str]]
+    places: tuple[list[str], ...]
+    left_out: int = 0
+
+    def to(self, device: torch.device | str) -> TextTask:
+        """The same rows on a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .json (a list), .csv or .tsv file.
+@dataclass(frozen=True)
+class Reading:
+    """How a text becomes tokens, and which of them is probed.
 
-    Raises:
-        DataError: an unknown ending, a broken line, or no rows.
+    Attributes:
+        text: the column of texts.
+        position: ``"last"``, ``"first"``, a token index (negative from the end), or ``"word:COLUMN"``: the last token
+            of the word that column names, where it first stands as a whole word in the text.
+        max_length: most tokens a row may have; None for any number.
+        context: what the model takes; ``max_length`` may be less.
+        cut: cut longer texts at ``max_length`` instead of refusing them.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    try:
-        text = path.read_text(encoding="utf-8")
-        if ending == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        elif ending == ".json":
-            rows = json.loads(text)
-        elif ending in (".csv", ".tsv"):
-            rows = list(csv.DictReader(text.splitlines(), delimiter="," if ending == ".csv" else "\t"))
-        else:
-            raise DataError(
-                f"{path}: rows are read from .jsonl, .json, .csv or .tsv, not {ending or 'a file without ending'}"
-            )
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-        raise DataError(f"{path}: expected rows with named columns and found none")
-    return rows
+
+    text: str = "text"
+    position: str = "last"
+    max_length: int | None = None
+    context: int | None = None
+    cut: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns read."""
+        return [self.text, *([self.position[5:]] if self.position.startswith("word:") else [])]
 
 
-def column(rows: Sequence[dict[str, Any]], name: str, path: str | Path = "the data") -> list[Any]:
-    """One column of all rows.
-
-    Raises:
-        DataError: a row lacks it; close matches are named.
-    """
-    for number, row in enumerate(rows, 1):
-        if row.get(name) is None:
-            close = get_close_matches(name, row, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(row)}"
-            raise DataError(f"{path}, row {number}: no column {name!r}; {hint}")
-    return [row[name] for row in rows]
+def load_task(rows: Sequence[dict[str, Any]] | Table, tokenizer: Any, *, label: str, **how: Any) -> TextTask:
+    """The task of one label; the rest as in `load_tasks`."""
+    return load_tasks(rows, tokenizer, labels=[label], **how)[0]
 
 
-def load_task(
-    rows: Sequence[dict[str, Any]],
+def load_tasks(
+    rows: Sequence[dict[str, Any]] | Table,
     tokenizer: Any,
     *,
-    label: str,
-    text: str = "text",
-    position: str = "last",
-    test_rows: Sequence[dict[str, Any]] | None = None,
+    labels: Sequence[str],
+    reading: Reading | None = None,
+    test_rows: Sequence[dict[str, Any]] | Table | None = None,
     test_share: float = 0.25,
-    max_length: int = 512,
+    skip_missing: bool = False,
     seed: int = 0,
-) -> TextTask:
-    """Tokenise, place the probe, number the labels, split.
+) -> list[TextTask]:
+    """Tokenise, place the probe, number the labels, split: a task a label, all with the same rows and positions.
 
     Args:
         rows: named columns.
         tokenizer: a Hugging Face tokenizer.
-        label: the column of labels; strings or numbers.
-        text: the column of texts.
-        position: ``"last"``, ``"first"``, a token index (negative from the end), or ``"word:COLUMN"``: the last token
-            of the word that column names, where it first occurs in the text.
-        test_rows: rows to score on; otherwise a random share of the rows.
+        labels: the columns of labels: strings, numbers or booleans.
+        reading: how texts become tokens.
+        test_rows: rows to score on; otherwise a random share of the rows, see `split`.
         test_share: that share.
-        max_length: tokens kept of a row.
+        skip_missing: leave out rows that lack a text, a word to probe or one of the labels, instead of refusing them.
         seed: of the split.
 
     Raises:
-        DataError: columns that are absent, positions outside a text, one class only, or an empty part.
+        DataError: columns that are absent, rows without a value, texts too long, positions outside a text, one class
+            only, or an empty part.
     """
+    reading = reading or Reading()
+    tables = [Table.of(rows)] if test_rows is None else [Table.of(rows), Table.of(test_rows, "the test rows")]
+    total = sum(map(len, tables))
+    if skip_missing:
+        tables = [table.complete([*reading.columns, *labels]) for table in tables]
+    left_out = total - sum(map(len, tables))
+    values = {label: [_class_names(table, label) for table in tables] for label in labels}
+    for label, (train, *_) in values.items():
+        _check_several(train, label, tables[0].name)
     if test_rows is None:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        held = round(test_share * len(rows))
-        if not 0 < held < len(rows):
-            raise DataError(
-                f"test_share={test_share} of {len(rows)} rows leaves a part empty; give a test file or more rows"
-            )
-        parts = [[rows[i] for i in order[held:]], [rows[i] for i in order[:held]]]
-    else:
-        parts = [list(rows), list(test_rows)]
-    names = sorted({str(value) for value in column(parts[0], label)})
-    data, texts = [], []
-    for part in parts:
-        values = [str(value) for value in column(part, label)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise DataError(f"label {unknown[0]!r} occurs in the test rows but never in the training rows")
-        strings = [str(value) for value in column(part, text)]
-        inputs, mask = _tokenise(strings, part, tokenizer, position, max_length)
-        data.append(ProbeData(inputs, torch.tensor([names.index(value) for value in values]), mask))
-        texts.append(strings)
-    return TextTask(data[0], data[1], names, (texts[0], texts[1]))
+        sides = split([each[0] for each in values.values()], test_share, seed)
+        values = {label: [[each[0][i] for i in side] for side in sides] for label, each in values.items()}
+        tables = [tables[0].take(side) for side in sides]
+    parts = [_tokenise(table, tokenizer, reading) for table in tables]
+    places = tuple(table.places for table in tables)
+    tasks = []
+    for label, (train, test) in values.items():
+        names = _order(set(train))
+        _check_scored(test, names, label, tables[1], test_rows is not None)
+        data = [
+            ProbeData(inputs, torch.tensor([names.index(name) for name in part]), mask)
+            for (inputs, mask), part in zip(parts, (train, test))
+        ]
+        tasks.append(TextTask(data[0], data[1], names, places, left_out))
+    return tasks
 
 
-def _tokenise(
-    texts: list[str], rows: Sequence[dict[str, Any]], tokenizer: Any, position: str, max_length: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    encoded = [tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True) for text in texts]
-    width = max(len(row["input_ids"]) for row in encoded)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def _class_names(table: Table, label: str) -> list[str]:
+    """The labels as text: booleans as JSON spells them, 1.0 as 1."""
+    names = []
+    for value, place in zip(table.column(label), table.places):
+        if not isinstance(value, str | int | float):
+            raise DataError(f"{place}: the label {label!r} is a string, a number or a boolean, not {value!r}")
+        if isinstance(value, bool):
+            names.append(str(value).lower())
+        else:
+            names.append(str(int(value)) if isinstance(value, float) and value.is_integer() else str(value))
+    return names
+
+
+def _order(names: set[str]) -> list[str]:
+    """Sorted as numbers if all are numbers, else as text."""
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return sorted(names)
+    return sorted(names, key=lambda name: (numbers[name], name) if isfinite(numbers[name]) else (inf, name))
+
+
+def _check_several(values: Sequence[str], label: str, rows: str, hint: str = "name another column") -> None:
+    if len(set(values)) == 1:
+        raise DataError(
+            f"label {label!r}: all {len(values)} rows of {rows} are {values[0]!r}, and with one class there is nothing "
+            f"to tell apart; {hint}"
+        )
+
+
+def _check_scored(values: Sequence[str], names: Sequence[str], label: str, table: Table, given: bool) -> None:
+    for name, place in zip(values, table.places):
+        if name not in names:
+            raise DataError(f"{place}: label {label!r} is {name!r}, which occurs never in the training rows")
+    if given:
+        return _check_several(values, label, table.name, "give rows of other classes, too")
+    hint = "give two rows or more of each class, try another --seed or --test-share, or name rows with --test"
+    return _check_several(values, label, f"the test part of {table.name}", hint)
+
+
+def _tokenise(table: Table, tokenizer: Any, reading: Reading) -> tuple[Mapping[str, Tensor], Tensor]:
+    texts = [str(value) for value in table.column(reading.text)]
+    encoded = [_encode(text, place, tokenizer, reading) for text, place in zip(texts, table.places)]
     lengths = [len(row["input_ids"]) for row in encoded]
-    if not min(lengths):
-        raise DataError(f"row {lengths.index(0) + 1} has no tokens, so there is nothing to probe")
+    width = max(lengths)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     # Right padding whatever the tokenizer prefers: positions then count from the start of each text.
     ids = torch.tensor([row["input_ids"] + [pad] * (width - n) for row, n in zip(encoded, lengths)])
     attention = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
     inputs = {"input_ids": ids, "attention_mask": attention}
-    if position == "last":
+    if reading.position == "last":
         return inputs, last_token_mask(ids, attention)
+    at = Position(reading.position, table)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for number, (row, length) in enumerate(zip(encoded, lengths)):
-        mask[number, _place(position, row, length, texts[number], rows[number], number + 1)] = True
+    for number, (row, text) in enumerate(zip(encoded, texts)):
+        mask[number, at.of(number, row, text)] = True
     return inputs, mask
 
 
-def _place(position: str, encoded: Any, length: int, text: str, row: dict[str, Any], number: int) -> int:
-    if position == "first":
-        return 0
-    if position.startswith("word:"):
-        word = str(column([row], position.removeprefix("word:"))[0])
-        start = text.find(word)
-        if start < 0 or not word:
-            raise DataError(f"row {number}: the word {word!r} does not occur in {text!r}")
-        end = start + len(word)
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start and b > a]
-        if not inside:
-            raise DataError(f"row {number}: the word {word!r} lies behind the tokens kept; raise max_length")
-        return inside[-1]
+def _encode(text: str, place: str, tokenizer: Any, reading: Reading) -> Any:
+    offsets = {"return_offsets_mapping": reading.position.startswith("word:")}
     try:
-        index = int(position)
-    except ValueError:
-        raise DataError(f"position={position!r} is no rule; write last, first, a token index, or word:COLUMN") from None
-    if not -length <= index < length:
-        raise DataError(f"row {number} has {length} tokens, so there is no position {index}")
-    return index % length
-
-
-def choice_measure(
-    task_data: ProbeData, answers: Sequence[Sequence[int]], batch_size: int = 64
-) -> Callable[[nn.Module], Tensor]:
-    """A measure of behaviour: 1 where the answer of the row's class is the likeliest of all after the probed token.
-
-    Args:
-        task_data: one probed position a row; the answer would follow it.
-        answers: tokens of each class's answer.
-        batch_size: rows at a time.
-    """
-    at = task_data.token_mask.int().argmax(1)
-    ids, attention = task_data.inputs["input_ids"], task_data.inputs["attention_mask"]
-
-    @torch.no_grad()
-    def measure(model: nn.Module) -> Tensor:
-        right = []
-        for rows in torch.arange(len(ids)).split(batch_size):
-            scores = torch.stack([_log_p(model, ids[rows], attention[rows], at[rows], answer) for answer in answers], 1)
-            right.append((scores.argmax(1) == task_data.labels[rows]).float())
-        return torch.cat(right)
-
-    return measure
-
-
-def _log_p(model: nn.Module, ids: Tensor, attention: Tensor, at: Tensor, answer: Sequence[int]) -> Tensor:
-    each = torch.arange(len(ids))
-    ids, attention = (nn.functional.pad(t, (0, len(answer))) for t in (ids, attention))
-    attention = attention * (torch.arange(ids.shape[1]) <= at[:, None])  # what followed the position is not shown
-    for offset, token in enumerate(answer):
-        ids[each, at + 1 + offset], attention[each, at + 1 + offset] = token, 1
-    log_p = model(input_ids=ids, attention_mask=attention, use_cache=False).logits.float().log_softmax(-1)
-    return torch.stack([log_p[each, at + offset, token] for offset, token in enumerate(answer)]).sum(0)
+        row = tokenizer(text, verbose=False, **offsets)
+    except NotImplementedError:
+        raise DataError("this tokenizer does not say where tokens stand in a text: give --position an index") from None
+    length, most = len(row["input_ids"]), reading.max_length
+    if not length:
+        raise DataError(f"{place}: the text has no tokens, so there is nothing to probe")
+    if most is None or length <= most:
+        return row
+    if reading.cut:
+        return tokenizer(text, truncation=True, max_length=most, **offsets)
+    more = reading.context is None or most < reading.context
+    longer = f", or --max-length {min(length, reading.context or length)}" if more else ""
+    raise DataError(
+        f"{place}: {length} tokens, but {'--max-length is' if more else 'the model takes'} {most}; shorten the text, "
+        f"or type --cut to keep the first {most}{longer}"
+    )
