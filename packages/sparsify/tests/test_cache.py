@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from sparsify import (
     ActivationCache,
     CheckpointError,
+    ConfigError,
     DataError,
     FormatError,
     SaeConfig,
@@ -80,6 +81,10 @@ def test_appending_continues_and_mismatches_are_refused(tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=message):
             build(tmp_path, **change)
+    other = token_rows()
+    other[9] = 1
+    with pytest.raises(CheckpointError, match="batch 2 of other rows than the dataset's 8 to 11"):
+        build(tmp_path, other)
     with pytest.raises(CheckpointError, match="model="):
         build_cache(tmp_path, Tiny(seed=1), token_rows(), HOOKS, batch_size=4, pairs=True)
 
@@ -129,5 +134,43 @@ def test_broken_caches_are_named(tmp_path):
     with pytest.raises(FormatError, match="torn"):
         ActivationCache(tmp_path / "c")
     victim.unlink()
-    with pytest.raises(FormatError, match="missing"):
+    with pytest.raises(FormatError, match="missing: build the cache again from the same rows"):
         ActivationCache(tmp_path / "c")
+    victim.write_bytes(data[: len(data) // 2])  # torn, and so are the ids of another batch
+    tokens = tmp_path / "c" / "tokens" / "00000007.npy"
+    ids = tokens.read_bytes()
+    tokens.write_bytes(ids[:90])
+    assert len(build(tmp_path / "c", pairs=False)) == 16
+    assert (victim.read_bytes(), tokens.read_bytes()) == (data, ids)
+
+
+class Pooled(torch.nn.Module):
+    """One vector a row, and a module that only some tokens reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.expert, self.out = torch.nn.Embedding(30, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 8)
+
+    def forward(self, ids):
+        self.expert(self.embed(ids)[ids > 14])
+        return self.out(self.embed(ids).mean(1))
+
+
+def test_modules_that_yield_other_than_a_vector_a_token(tmp_path):
+    cache = build_cache(tmp_path / "p", Pooled(), token_rows(), ["out", "expert"], batch_size=4)
+    assert cache.source().batch(3)["out"].y.shape == (4, 8)
+    assert len(cache.source().batch(3)["expert"].y) == int((token_rows()[12:16] > 14).sum())
+
+
+def test_values_that_are_not_finite_are_not_kept(tmp_path):
+    model = Tiny()
+    rows = token_rows()
+    rows[:8][rows[:8] == 29] = 0
+    rows[9, 0] = 29
+    model.base_model.embed.weight.data[29] = torch.nan
+    with pytest.raises(DataError, match=r"batch 2: layers.1 yields values that are not finite"):
+        build_cache(tmp_path, model, rows, HOOKS, batch_size=4)
+    assert len(ActivationCache(tmp_path)) == 2
+    for options in ({"batch_size": 0}, {"max_batches": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            build_cache(tmp_path / "n", Tiny(), token_rows(), HOOKS, **options)

@@ -123,6 +123,9 @@ def test_resume_and_finetune(model, text, tmp_path):
         (["--layers", "1", "--resume"], "nothing to resume"),
         (["--layers", "1", "--batch_size", "100"], "fewer than one batch of 100"),
         (["--layers", "1", "--log_to_wandb"], "needs the wandb package"),
+        (["--ctx_len", "0"], "ctx_len=0 must be at least 1"),
+        (["--max_examples", "-1"], "max_examples=-1 must be at least 1"),
+        (["--layers", "1", "--finetune", "no/such/dir"], "neither a folder here nor to be had from the Hub"),
     ],
 )
 def test_errors_are_one_line_and_status_one(model, text, tmp_path, words, message):
@@ -171,6 +174,17 @@ def test_missing_models_and_data_are_named(model, tmp_path):
     result = invoke(model, str(tmp_path / "rows.jsonl"))
     assert result.exit_code == 1
     assert "rows.jsonl' (split 'train') cannot be loaded" in result.output
+    (tmp_path / "rows.jsonl").write_text('{"body": "hello"}\n')
+    (tmp_path / "short.txt").write_text("hello\n")
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    for data, message in [
+        ("rows.jsonl", "has no column 'text', only body: set --text_column"),
+        ("short.txt", "too short to fill one row of 512 tokens: lower --ctx_len, or give more text"),
+        ("none.bin", "there is no file"),
+        ("odd.bin", "has 3 bytes, which is no whole number"),
+    ]:
+        result = invoke(model, str(tmp_path / data))
+        assert (result.exit_code, message in result.output) == (1, True), result.output
 
 
 def test_memory_maps_and_saved_datasets(model, tmp_path):
@@ -191,6 +205,8 @@ def test_a_streamed_dataset(model, tmp_path):
     words = [model, str(tmp_path / "s.jsonl"), *SMALL, "--layers", "0", "--save_dir", str(tmp_path / "c"), "--json"]
     words += ["--data_args", "streaming=True"]
     assert json.loads(succeed(*words).stdout.splitlines()[-1])["tokens/layers.0"] == 24 * 64
+    short = succeed(*[("400" if word == "24" else word) for word in words])
+    assert "Warning: the stream ended after" in short.stderr
     endless = [word for word in words if word not in ("--max_examples", "24")]
     refused = invoke(*endless)
     assert (refused.exit_code, "set --max_examples" in refused.output) == (1, True)
@@ -233,6 +249,21 @@ def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
     assert judged["grafted"]["layers.2"]["kl"] < judged["zero"]["layers.2"]["kl"]
     assert json.loads((tmp_path / "c" / "r" / "eval.json").read_text()) == judged
 
+    special = ["eval", model, text, tmp_path / "c" / "special", *rows, "--json"]
+    without, every = (CliRunner().invoke(sae, [str(w) for w in (*special, *more)]) for more in ([], ["--all_tokens"]))
+    assert "as in training: --exclude_tokens 0 1 2 (--all_tokens judges every token)" in without.stderr
+    same = ok(*special, "--exclude_special")
+    counts = [json.loads(out.splitlines()[-1])["tokens"] for out in (without.stdout, same, every.stdout)]
+    assert counts[0] == counts[1] < counts[2] == 24 * 64
+    loud = json.loads(ok(*special, "--exclude_tokens", "2", "--max_norm_ratio", "1.5").splitlines()[-1])
+    assert loud["tokens"] < 24 * 64
+    for words, message in [
+        (["--all_tokens", "--exclude_special"], "give either"),
+        (["--max_batches", "0"], "at least 1"),
+    ]:
+        refused = CliRunner().invoke(sae, [str(w) for w in (*special, *words)])
+        assert (refused.exit_code, message in refused.output) == (1, True)
+
     assert (tmp_path / "c" / "r" / "eval.svg").read_text().lstrip().startswith("<?xml")
 
     page = tmp_path / "latents.html"
@@ -245,8 +276,9 @@ def test_cache_train_evaluate_convert_and_push(model, text, tmp_path):
 
     assert "sparsify → saelens: layers.2" in ok("convert", tmp_path / "c" / "r", tmp_path / "s", "--to", "saelens")
     assert (tmp_path / "s" / "layers.2" / "sae_weights.safetensors").exists()
-    refused = CliRunner().invoke(sae, ["convert", str(tmp_path / "s"), str(tmp_path / "d")])
-    assert refused.exit_code == 1
+    assert "saelens → sparsify: layers.2" in ok("convert", tmp_path / "s", tmp_path / "d")
+    again, before = (Sae.load_from_disk(tmp_path / where / "layers.2") for where in ("d", "c/r"))
+    assert again.W_dec.equal(before.W_dec)
     listed = ok("push", tmp_path / "c" / "r", "me/sae", "--dry-run")
     assert "layers.2/sae.safetensors" in listed
     assert listed.endswith("nothing was uploaded\n")

@@ -263,3 +263,19 @@ def test_unknown_things_are_named(tmp_path):
     (tmp_path / "evil.pt").write_bytes(b"\x80\x02cposix\nsystem\n(S'true'\ntR.")
     with pytest.raises(FormatError, match="cannot be read as tensors and plain values"):
         convert.load(tmp_path / "evil.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("layout", ["sparsify", "saelens", "dictionary_learning"])
+def test_folders_of_many_coders_are_read(tmp_path, layout):
+    """Seeds, too: what a layout was written with, it is read with."""
+    names = ["layers.2/seed0", "layers.2/seed1", "layers.10"]
+    coders = {name: SparseCoder(6, SaeConfig(k=4, num_latents=48)) for name in names}
+    convert.save(coders, tmp_path / "all", layout)
+    found = convert.load(tmp_path / "all", allow_pickle=True)
+    assert (found.layout, list(found.coders)) == (layout, names)
+    for name, coder in coders.items():
+        assert found.coders[name].W_dec.equal(coder.W_dec)
+    one = convert.load(tmp_path / "all" / "layers.10", allow_pickle=True)
+    assert list(one.coders) == ["layers.10"]
+    with pytest.raises(FormatError, match=r"one transcoder for every layer from 0, found layers \[2, 10\]"):
+        convert.save(coders, tmp_path / "ct", "circuit_tracer")

@@ -101,6 +101,74 @@ def test_bad_text_is_named(tokenizer, tmp_path):
     (tmp_path / "a.bin").write_bytes(b"12")
     with pytest.raises(DataError, match="1 tokens, not enough"):
         MemmapDataset(tmp_path / "a.bin", 6)
+    for content, message in [
+        (b"", "0 bytes, which is no whole number of 16-bit"),
+        (b"123", "3 bytes"),
+        (None, "no file"),
+    ]:
+        (tmp_path / "a.bin").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "a.bin").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            MemmapDataset(tmp_path / "a.bin", 6)
+
+
+class Counted:
+    """A stream that counts what is read of it."""
+
+    def __init__(self, rows):
+        self.rows, self.read = rows, 0
+
+    def __iter__(self):
+        for row in self.rows:
+            self.read += 1
+            yield {"input_ids": row}
+
+
+def test_a_stream_is_read_once_a_pass(tmp_path):
+    from small import Tiny
+
+    from sparsify import SaeConfig, SparseCoder, build_cache, evaluate, top_contexts
+
+    ids = torch.randint(30, (64, 6))
+    stream = Counted(ids)
+    rows = StreamedRows(stream, 64)
+    build_cache(tmp_path, Tiny(), rows, ["layers.1"], batch_size=4)
+    assert stream.read == 64
+    stream.read = 0
+    evaluate(Tiny(), {"layers.1": SparseCoder(12, SaeConfig(k=4))}, rows, batch_size=4)
+    top_contexts(Tiny(), {"layers.1": SparseCoder(12, SaeConfig(k=4))}, rows, batch_size=4)
+    assert stream.read < 4 * 64 + 64
+    assert torch.equal(token_rows(rows, 60, 64), ids[60:])
+    assert torch.equal(token_rows(rows, 8, 12), ids[8:12])
+
+
+def test_a_stream_that_ends_early_ends_the_work_and_loses_none(tmp_path):
+    from small import Tiny
+
+    from sparsify import SaeConfig, SparsifyWarning, TrainConfig, Trainer, build_cache, evaluate
+
+    ids = torch.randint(30, (26, 6))
+    whole = TrainConfig(
+        SaeConfig(k=4, num_latents=48), batch_size=4, hookpoints=["layers.1"], save_dir=str(tmp_path), log_every=4
+    )
+    for resumed in (False, True):
+        trainer = Trainer(whole, StreamedRows(Counted(ids), 40), Tiny())
+        if resumed:
+            trainer.load_state()
+        with pytest.warns(SparsifyWarning, match="ended after 26 of its 40 rows, so the run ends at step 6 of its"):
+            trainer.fit()
+        assert trainer.global_step == 6
+        assert len((tmp_path / "unnamed" / "metrics.jsonl").read_text().splitlines()) == 2
+        assert (tmp_path / "unnamed" / "layers.1" / "sae.safetensors").exists()
+    with pytest.warns(SparsifyWarning, match="so the cache holds 6 batches"):
+        assert len(build_cache(tmp_path / "c", Tiny(), StreamedRows(Counted(ids), 40), ["layers.1"], batch_size=4)) == 6
+    with pytest.warns(SparsifyWarning, match="judged"):
+        result = evaluate(Tiny(), trainer.saes, StreamedRows(Counted(ids), 40), batch_size=4)
+    assert result.tokens == 26 * 6
+    assert result.reconstruction == evaluate(Tiny(), trainer.saes, ids, batch_size=4).reconstruction
+    with pytest.raises(DataError, match="ended after 2 of its 40 rows: lower max_examples"):
+        Trainer(whole, StreamedRows(Counted(ids[:2]), 40), Tiny()).fit()
 
 
 def test_options_that_a_dataset_cannot_follow(tmp_path):

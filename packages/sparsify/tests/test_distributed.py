@@ -104,6 +104,24 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         assert (state["tokens_since_fired"]["layers.0"] == mine).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["gated", "jumprelu", "end to end"])
+def test_every_loss_of_two_processes_is_that_of_one(tmp_path, name):
+    changes = {"loss_fn": "kl"} if name == "end to end" else {}
+    sae = SaeConfig(k=4, num_latents=48, **({} if changes else {"activation": name}))
+
+    def of(run, **more):
+        made = config(tmp_path, run, **changes, **more)
+        return TrainConfig.from_dict({**made.to_dict(), "sae": sae, "save_every": 0})
+
+    Trainer(of("one", batch_size=8), token_rows(), Tiny()).fit()
+    build_cache(tmp_path / "acts", Tiny(), token_rows(), HOOKS, batch_size=4)
+    together(tmp_path / "acts", of("two", batch_size=4))
+    for hook in HOOKS:
+        a, b = (Sae.load_from_disk(tmp_path / run / hook).state_dict() for run in ("one", "two"))
+        for key, value in a.items():
+            assert_close(b[key], value, rtol=1e-3, atol=2e-5)
+
+
 def test_hookpoints_that_do_not_divide_are_refused():
     processes = Processes()
     processes.world = 2

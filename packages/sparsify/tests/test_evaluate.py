@@ -8,7 +8,18 @@ from small import Tiny, token_rows
 from torch import nn
 from torch.testing import assert_close
 
-from sparsify import DataError, SaeConfig, SparseCoder, TrainConfig, Trainer, evaluate, grafted
+from sparsify import (
+    ConfigError,
+    DataError,
+    HookpointError,
+    SaeConfig,
+    SparseCoder,
+    TrainConfig,
+    Trainer,
+    evaluate,
+    grafted,
+    top_contexts,
+)
 from sparsify._evaluate import DENSITY_EDGES
 
 ROWS = token_rows(12, 10)
@@ -66,7 +77,7 @@ def test_every_number_is_its_formula(tmp_path):
     model = Tiny()
     coders = trained(tmp_path)
     result = evaluate(model, coders, ROWS, batch_size=5)
-    rows = ROWS[:10]
+    rows = ROWS  # the last batch is short
     labels = rows[:, 1:].flatten()
     with torch.no_grad():
         clean = model(rows)[:, :-1].flatten(0, 1).double().log_softmax(-1)
@@ -76,14 +87,14 @@ def test_every_number_is_its_formula(tmp_path):
         out = coder.reconstruct(y)
 
         def graft(replacement):
-            h = model.base_model.layers[2](replacement.view(10, 10, 12))
+            h = model.base_model.layers[2](replacement.view(12, 10, 12))
             log_q = model.head(h)[:, :-1].flatten(0, 1).double().log_softmax(-1)
             ce = nn.functional.nll_loss(log_q, labels)
             return float(ce), float((clean.exp() * (clean - log_q)).sum(-1).mean())
 
         expected = {"grafted": graft(out), "zero": graft(0 * y), "mean": graft(y.mean(0).expand_as(y))}
         ce = float(nn.functional.nll_loss(clean, labels))
-    assert result.tokens == 100
+    assert result.tokens == 120
     assert_close(result.clean_ce, ce, rtol=1e-6, atol=0)
     for kind, (want_ce, want_kl) in expected.items():
         got = getattr(result, kind)["layers.1"]
@@ -96,7 +107,7 @@ def test_every_number_is_its_formula(tmp_path):
     assert_close(r.cosine, float(torch.cosine_similarity(y, out).mean()), rtol=1e-5, atol=0)
     code = coder.encode(y)
     fired = torch.zeros(48).scatter_add(0, code.top_indices.flatten(), (code.top_acts > 0).flatten().float())
-    assert_close(r.l0, float(fired.sum()) / 100)
+    assert_close(r.l0, float(fired.sum()) / 120)
     assert r.dead == float((fired == 0).float().mean())
     assert sum(r.density) == int((fired > 0).sum())
     assert len(r.density) == len(DENSITY_EDGES) - 1
@@ -120,6 +131,58 @@ def test_excluded_positions_are_neither_judged_nor_replaced(tmp_path):
     assert result.tokens == int((spared == ROWS).sum())
     with pytest.raises(DataError, match="every token is excluded"):
         evaluate(model, coders, ROWS, exclude=list(range(30)))
+
+
+def test_loud_tokens_are_neither_judged_nor_replaced(tmp_path):
+    model, coders = Tiny(), {"embed": trained(tmp_path)["layers.0"]}
+    model.base_model.embed.weight.data[5] *= 1000
+    quiet = evaluate(model, coders, ROWS, batch_size=12, max_norm_ratio=10)
+    assert quiet.tokens == int((ROWS != 5).sum())
+    same = evaluate(model, coders, ROWS, batch_size=12, exclude=[5])
+    assert (quiet.reconstruction, quiet.grafted) == (same.reconstruction, same.grafted)
+
+
+def test_a_module_that_takes_ids_is_judged_beside_a_transcoder(tmp_path):
+    model = Tiny().double()
+    linear = model.base_model.layers[1].down
+    coder = SparseCoder(24, SaeConfig(k=48, num_latents=48, transcode=True, skip_connection=True), d_out=12).double()
+    coder.W_skip.data, coder.b_dec.data = linear.weight.data.clone(), linear.bias.data.clone()
+    both = {"layers.1.down": coder, "embed": identity()}
+    result = evaluate(model, both, ROWS, batch_size=5)
+    assert_close(result.together.kl, 0.0, rtol=0, atol=1e-12)
+    assert list(top_contexts(model, both, ROWS, batch_size=5)) == list(both)
+    with pytest.raises(HookpointError, match="embed is called with token ids"), grafted(model, {"embed": coder}):
+        model(ROWS)
+
+
+def test_hookpoints_that_are_not_there_are_named_with_close_ones():
+    model, sae = Tiny(), identity().float()
+    graft = lambda *a: grafted(*a[:2]).__enter__()  # noqa: E731
+    for use in (evaluate, top_contexts, graft):
+        with pytest.raises(HookpointError, match=r"no module 'layer.1'; did you mean layers.1"):
+            use(model, {"layer.1": sae}, ROWS)
+    with grafted(model, {"layers.1/seed0": sae}):
+        assert_close(model(ROWS), Tiny()(ROWS))
+    with pytest.raises(HookpointError, match=r"layers.1/seed0 and layers.1/seed1 would both replace"):
+        graft(model, {"layers.1/seed0": sae, "layers.1/seed1": sae})
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_what_cannot_be_judged_is_refused():
+    model, sae = Tiny(), {"layers.1": identity().float()}
+    for use in (evaluate, top_contexts):
+        for options in ({"batch_size": 0}, {"max_batches": 0}):
+            with pytest.raises(ConfigError, match=f"{next(iter(options))}=0 must be at least 1"):
+                use(model, sae, ROWS, **options)
+    with pytest.raises(DataError, match="rows of one token have no next token"):
+        evaluate(model, sae, ROWS[:, :1])
+    assert evaluate(model, sae, ROWS[:5]).tokens == 50, "fewer rows than a batch"
+    model.base_model.embed.weight.data[29] = torch.nan
+    rows = ROWS % 29
+    rows[6, 2] = 29
+    for use in (evaluate, top_contexts):
+        with pytest.raises(DataError, match=r"batch 1: layers.1 yields values that are not finite at its output"):
+            use(model, sae, rows, batch_size=5)
 
 
 def test_transcoders_are_grafted_from_their_modules_input():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify import ConfigError, FormatError, Sae, SaeConfig, SparseCoder
+from sparsify import ConfigError, FormatError, Sae, SaeConfig, SparseCoder, push_to_hub
 
 CONFIGS = {
     "topk": SaeConfig(k=4, expansion_factor=8),
@@ -115,6 +115,28 @@ def test_load_from_hub_reads_the_snapshot(tmp_path, monkeypatch):
         Sae.load_from_hub("org/sae")
     with pytest.raises(FormatError, match="may not lead out"):
         Sae.load_from_hub("org/sae", hookpoint="../elsewhere")
+
+
+def test_what_the_hub_does_not_give_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trained(CONFIGS["topk"]).save_to_disk(tmp_path / "run" / "layers.1")
+    with pytest.raises(FormatError, match=r"'./run' is a folder here: load it with local=True"):
+        Sae.load_many("./run")
+    for load in (Sae.load_many, Sae.load_from_hub):
+        for name in ("me/not-in-the-cache", "no/such/name", "./nowhere"):
+            with pytest.raises(FormatError, match=f"'{name}' is neither a folder here nor to be had from the Hub: "):
+                load(name)
+
+
+def test_a_folder_of_one_coder_is_called_as_the_folder(tmp_path, monkeypatch):
+    coder = trained(CONFIGS["topk"])
+    coder.save_to_disk(tmp_path / "layers.2")
+    assert list(Sae.load_many(str(tmp_path / "layers.2"), local=True)) == ["layers.2"]
+    monkeypatch.chdir(tmp_path / "layers.2")
+    assert Sae.load_many(".", local=True)["layers.2"].W_dec.equal(coder.W_dec)
+    plan = push_to_hub(".", "me/sae", dry_run=True)
+    assert "layers.2/sae.safetensors" in plan.files
 
 
 def test_tensors_of_two_dtypes_lose_nothing(tmp_path):

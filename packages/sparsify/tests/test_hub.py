@@ -12,12 +12,14 @@ import pytest
 import torch
 from small import Tiny, token_rows
 
-from sparsify import FormatError, Sae, SaeConfig, TrainConfig, Trainer, evaluate, push_to_hub
+from sparsify import FormatError, Sae, SaeConfig, SparseCoder, TrainConfig, Trainer, convert, evaluate, push_to_hub
+from sparsify._card import card
 
 
 class Hub(BaseHTTPRequestHandler):
     """The few calls of the Hub's API that creating, committing and downloading make."""
 
+    failing = None  # the status with which the README is answered
     repos: dict  # {id: {"private": bool, "branches": {name: {path: bytes}}}}
     commits: list
 
@@ -75,7 +77,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/models/(.+)/tree/(\w+)", path):
+        if self.failing and path.endswith("README.md"):
+            self.answer(self.failing, {"error": "busy"})
+        elif match := re.fullmatch(r"/api/models/(.+)/tree/(\w+)", path):
             files = self.repos[match[1]]["branches"]["main"]
             listed = [{"type": "file", "path": n, "size": len(d), "oid": "b" * 40} for n, d in files.items()]
             self.answer(200, listed)
@@ -191,6 +195,55 @@ def test_a_hand_written_readme_is_never_overwritten(hub, run):
     assert "old" not in text.split("Hookpoints")[0]
 
 
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_a_readme_that_cannot_be_read_stops_the_push(hub, run, status, monkeypatch):
+    push(hub, run)
+    files = hub.handler.repos["me/sae-tiny"]["branches"]["main"]
+    files["README.md"] = b"# Mine\n"
+    before, hub.handler.failing = dict(files), status
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits before it asks again
+    with pytest.raises(FormatError, match="may be written by hand, so nothing was uploaded") as error:
+        push(hub, run)
+    assert str(status) in str(error.value)
+    assert len(hub.handler.commits) == 1
+    assert files == before
+
+
+CARDS = {
+    "topk": ({}, {"EleutherAI", "SAELens", "dictionary_learning"}),
+    "groupmax": ({"activation": "groupmax"}, {"EleutherAI"}),
+    "batchtopk": ({"activation": "batchtopk"}, {"SAELens", "dictionary_learning", "circuit-tracer"}),
+    "jumprelu": ({"activation": "jumprelu"}, {"SAELens", "dictionary_learning", "circuit-tracer"}),
+    "gated": ({"activation": "gated"}, {"SAELens", "dictionary_learning"}),
+    "topk transcoder": ({"transcode": True}, {"EleutherAI"}),
+    "jumprelu transcoder": ({"transcode": True, "activation": "jumprelu"}, {"SAELens", "circuit-tracer"}),
+    "skip autoencoder": ({"skip_connection": True}, {"EleutherAI"}),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_names_the_libraries_that_can_hold_the_coder(tmp_path, name):
+    options, expected = CARDS[name]
+    coder = SparseCoder(6, SaeConfig(k=4, num_latents=48, **options))
+    if coder.cfg.activation == "batchtopk":
+        coder.threshold.fill_(0.5)
+    hook = "layers.0.mlp"
+    text = card("me/sae", {hook: coder}, {"model": "org/modèle", "sae": {"k": 4, "tied": False}}, {}, None)
+    assert {n for n in ("EleutherAI", "SAELens", "dictionary_learning", "circuit-tracer") if n in text} == expected
+    assert "1 transcoder on" in text if coder.cfg.transcode else "1 sparse autoencoder on" in text
+    assert "sae:\n  k: 4\n  tied: false" in text
+    assert "modèle" in text.split("---")[1]
+    for line in re.findall(r"convert\.save\(.*\)", text):  # every snippet runs as it stands
+        layout = re.search(r'"(\w+)", "\1"', line)[1]
+        metadata = eval(line[line.index("metadata=") + 9 : -1]) if "metadata=" in line else None
+        convert.save({hook: coder}, tmp_path / layout, layout, metadata=metadata)
+
+
+def test_wide_transcoders_are_not_for_eleutherais_package():
+    coder = SparseCoder(6, SaeConfig(k=4, num_latents=48, transcode=True), d_out=9)
+    assert "EleutherAI" not in card("me/sae", {"layers.0": coder}, {}, {}, None)
+
+
 def test_branches_and_dry_runs(hub, run):
     plan = push(hub, run, dry_run=True)
     assert hub.handler.repos == {}
@@ -208,6 +261,9 @@ def test_refusals(hub, run, tmp_path):
         push(hub, tmp_path / "none")
     with pytest.raises(FormatError, match="the Hub refuses the upload to me/sae-tiny"):
         push_to_hub(run, "me/sae-tiny", endpoint=hub.url, token="hf_wrong")
+    for name, endpoint in [("bad name/x/y", hub.url), ("me/sae-tiny", "http://localhost:9")]:
+        with pytest.raises(FormatError, match=f"the README of {name} cannot be read"):
+            push_to_hub(run, name, endpoint=endpoint, token="hf_right")
     weights = run / "layers.1" / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(FormatError, match="torn"):

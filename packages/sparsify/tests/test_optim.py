@@ -21,8 +21,9 @@ def test_schedule_free_sign_descent_is_the_papers():
         x = (1 - c) * x + c * z
         assert_close(y.detach(), (1 - beta) * z + beta * x, rtol=1e-12, atol=1e-12)
     before = y.detach().clone()
-    with optimiser.averaged():
-        assert_close(y.detach(), x, rtol=1e-12, atol=1e-12)
+    take_back = optimiser.settle()
+    assert_close(y.detach(), x, rtol=1e-12, atol=1e-12)
+    take_back()
     assert torch.equal(y.detach(), before)
 
 

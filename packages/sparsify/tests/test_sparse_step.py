@@ -241,3 +241,42 @@ def test_entries_are_sorted_by_latent_and_stably(latents):
     assert (entry.diff()[latent.diff() == 0] > 0).all()
     assert torch.equal(token, entry // 7)
     assert torch.equal(begin, torch.searchsorted(latent, torch.arange(latents)))
+
+
+AUTOCAST = {
+    "topk": SaeConfig(k=8, num_latents=256),
+    "topk wide": SaeConfig(k=64, num_latents=256),
+    "multi wide": SaeConfig(k=16, num_latents=256, multi_topk=True),
+    "matryoshka": SaeConfig(k=64, num_latents=256, matryoshka=(32, 256)),
+    "tied": SaeConfig(k=64, num_latents=256, tied=True),
+    "skip": SaeConfig(k=64, num_latents=256, transcode=True, skip_connection=True),
+    "groupmax": SaeConfig(activation="groupmax", k=64, num_latents=256),
+    "batchtopk": SaeConfig(activation="batchtopk", k=64, num_latents=256),
+    "jumprelu": SaeConfig(activation="jumprelu", k=64, num_latents=256),
+    "gated": SaeConfig(activation="gated", k=64, num_latents=256),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_every_activation_trains_under_autocast(name, inside):
+    """However wide its code: chosen in bf16, everything else in fp32, backward too."""
+    coder = random_coder(AUTOCAST[name], d_in=32, dtype=torch.float32)
+    x = torch.randn(128, 32)
+    dead = torch.arange(256) < 100
+
+    def losses():
+        out = coder(x, x + 1, dead_mask=dead)
+        return out.fvu + out.auxk_loss + out.multi_topk_fvu + out.nested_fvu + out.sparsity_loss
+
+    exact = losses()
+    wanted = gradients(exact, coder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = losses()
+        found = gradients(rough, coder) if inside else None
+        acts = coder.encode(x).top_acts
+    found = gradients(rough, coder) if found is None else found
+    assert acts.dtype == rough.dtype == torch.float32
+    assert_close(rough, exact, rtol=1e-2, atol=0)
+    for got, want in zip(found, wanted):
+        assert (got - want).norm() <= 5e-2 * want.norm() + 1e-6

@@ -16,6 +16,7 @@ from sparsify._errors import (
     FormatError,
     HookpointError,
     SparsifyError,
+    SparsifyWarning,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ __all__ = [
     "DataError",
     "FormatError",
     "HookpointError",
+    "SparsifyWarning",
 ]
 
 # Names that need torch are imported on first use: `python -m sparsify --help` must not pay for it.

@@ -27,7 +27,7 @@ from sparsify._config import TrainConfig
 from sparsify._errors import CheckpointError, ConfigError, DataError, FormatError, HookpointError
 from sparsify._files import safe_name, write_json
 from sparsify._progress import Stages, silent
-from sparsify._source import OnTheFly, Pair
+from sparsify._source import OnTheFly, Pair, check_finite, limited, warn_of_end
 
 MANIFEST, CACHE_FORMAT = "manifest.json", 1
 
@@ -47,9 +47,11 @@ def build_cache(
     """Compute and keep the activations of a dataset, or go on doing so.
 
     >>> cache = build_cache("cache", model, tokenized, ["layers.3"])  # doctest: +SKIP
-    >>> Trainer(TrainConfig(SaeConfig(k=64)), source=cache.source()).fit()  # doctest: +SKIP
+    >>> cfg = TrainConfig(SaeConfig(k=64), exclude_tokens=[0])  # doctest: +SKIP
+    >>> Trainer(cfg, source=cache.source_for(cfg)).fit()  # doctest: +SKIP
 
-    Calling it again with more data appends; with another model, data or hookpoints it refuses, naming what differs.
+    Calling it again with more data appends, and makes anew what is missing or torn; with another model, data or
+    hookpoints it refuses, naming what differs. Rows that fill no whole batch are left for when there are more.
 
     Args:
         hookpoints: patterns relative to the base model; every layer by default.
@@ -62,37 +64,66 @@ def build_cache(
     root = Path(folder)
     names = _hooks.find_hookpoints(model, hookpoints)
     source = OnTheFly(model, dataset, names, transcode=pairs, batch_size=batch_size)
+    manifest = _manifest(root, source, recipe or {})
+    total, done = limited(len(source), max_batches), manifest["batches"]
+    with _hooks.frozen(model):
+        for index in range(total):
+            if not source.reaches(index):
+                warn_of_end(source, f"so the cache holds {max(done, index)} batches")
+                break
+            if index < done and _is_kept(root, manifest, source, index):
+                continue
+            progress("computing activations", index, total)
+            _write_batch(root, source, index)
+            manifest["batches"] = max(done, index + 1)
+            write_json(root / MANIFEST, manifest)
+        progress("computing activations", max(manifest["batches"], total), total)
+    return ActivationCache(root)
+
+
+def _manifest(root: Path, source: OnTheFly, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A new manifest, or the one that is there if it is of the same activations."""
     header = {
         "format": CACHE_FORMAT,
         "model": source.model_fingerprint(),
         "first_batch": source.checksum(),
-        "row_length": source.tokens(0).shape[1],
-        "batch_size": batch_size,
-        "pairs": pairs,
+        "row_length": source.tokens(0)[0].numel(),
+        "batch_size": source.batch_size,
+        "pairs": bool(source.transcode),
         "widths": {name: list(widths) for name, widths in source.widths.items()},
     }
-    manifest = {**header, "batches": 0, "recipe": recipe or {}}
-    if (root / MANIFEST).exists():
-        manifest = _read_manifest(root)
-        for field, expected in header.items():
-            if manifest[field] != expected:
-                raise CheckpointError(
-                    f"{root} was built with {field}={manifest[field]!r}, now {field}={expected!r}: "
-                    "set it back, or build into another folder"
-                )
-    total = len(source) if max_batches is None else min(max_batches, len(source))
-    with _hooks.frozen(model):
-        for index in range(manifest["batches"], total):
-            progress("computing activations", index, total)
-            _write_array(root / "tokens" / _name(index), source.tokens(index).cpu().numpy().astype(np.int32))
-            for name, pair in source.batch(index).items():
-                _write_array(root / safe_name(name) / _name(index), _words(pair.y))
-                if pairs:
-                    _write_array(root / name / _name(index, ".in"), _words(pair.x))
-            manifest["batches"] = index + 1
-            write_json(root / MANIFEST, manifest)
-        progress("computing activations", max(manifest["batches"], total), total)
-    return ActivationCache(root)
+    if not (root / MANIFEST).exists():
+        return {**header, "batches": 0, "recipe": recipe}
+    manifest = _read_manifest(root)
+    for field, expected in header.items():
+        if manifest[field] != expected:
+            raise CheckpointError(
+                f"{root} was built with {field}={manifest[field]!r}, now {field}={expected!r}: "
+                "set it back, or build into another folder"
+            )
+    return manifest
+
+
+def _is_kept(root: Path, manifest: dict[str, Any], source: OnTheFly, index: int) -> bool:
+    """Whether a finished batch is there and whole, and of these very rows."""
+    path = root / "tokens" / _name(index)
+    if any(_fault(*each) for each in _promised(root, manifest, index)):
+        return False
+    if not np.array_equal(np.load(path), _ids(source.tokens(index))):
+        raise CheckpointError(
+            f"{root} holds batch {index} of other rows than the dataset's {index * source.batch_size} to "
+            f"{(index + 1) * source.batch_size - 1}: give the rows it was built from, or build into another folder"
+        )
+    return True
+
+
+def _write_batch(root: Path, source: OnTheFly, index: int) -> None:
+    _write_array(root / "tokens" / _name(index), _ids(source.tokens(index)))
+    for name, pair in source.batch(index).items():
+        check_finite(pair, name, index)
+        _write_array(root / safe_name(name) / _name(index), _words(pair.y))
+        if source.transcode:
+            _write_array(root / name / _name(index, ".in"), _words(pair.x))
 
 
 class ActivationCache:
@@ -110,8 +141,9 @@ class ActivationCache:
         self.manifest = _read_manifest(self.root)
         self.hookpoints: list[str] = list(self.manifest["widths"])
         for index in range(len(self)):
-            for path, shape in self._promised(index):
-                _check_size(path, shape)
+            for each in _promised(self.root, self.manifest, index):
+                if fault := _fault(*each):
+                    raise FormatError(f"{fault}: build the cache again from the same rows, which makes it anew")
 
     def __len__(self) -> int:
         return self.manifest["batches"]
@@ -134,7 +166,9 @@ class ActivationCache:
     ) -> CachedSource:
         """The cache as a training source, under the exclusion and mixing options of `TrainConfig`."""
         if transcode and not self.manifest["pairs"]:
-            raise DataError(f"{self.root} holds outputs only; transcoders need inputs: build it again with pairs=True")
+            raise DataError(
+                f"{self.root} holds outputs only; transcoders need inputs: build it again with pairs=True (--pairs)"
+            )
         chosen = self.hookpoints if hookpoints is None else list(hookpoints)
         for name in chosen:
             if name not in self.hookpoints:
@@ -166,22 +200,14 @@ class ActivationCache:
         )
 
     def tokens(self, index: int) -> Tensor:
-        """(rows, tokens) ids of a batch."""
-        return torch.from_numpy(np.load(self.root / "tokens" / _name(index)).astype(np.int64))
+        """(rows, tokens) ids of a batch, or its rows of real numbers."""
+        rows = torch.from_numpy(np.load(self.root / "tokens" / _name(index)))
+        return rows if rows.is_floating_point() else rows.long()
 
     def read(self, name: str, index: int, *, inputs: bool = False) -> Tensor:
         """(N, D) bf16 activations of a batch, straight from the memory map."""
         words = np.load(self.root / name / _name(index, ".in" if inputs else ""), mmap_mode="c")
         return torch.from_numpy(words).view(torch.bfloat16)
-
-    def _promised(self, index: int) -> list[tuple[Path, tuple[int, int]]]:
-        rows, length = self.manifest["batch_size"], self.manifest["row_length"]
-        found = [(self.root / "tokens" / _name(index), (rows * length, 2))]  # int32 is two words
-        for name, (d_in, d_out) in self.manifest["widths"].items():
-            found.append((self.root / name / _name(index), (rows * length, d_out)))
-            if self.manifest["pairs"]:
-                found.append((self.root / name / _name(index, ".in"), (rows * length, d_in)))
-        return found
 
 
 class CachedSource(OnTheFly):
@@ -201,10 +227,12 @@ class CachedSource(OnTheFly):
         self.cache, self.hookpoints, self.transcode = cache, list(hookpoints), transcode
         self.batch_size = cache.manifest["batch_size"]
         self.max_norm_ratio, self.buffer_batches, self.seed = max_norm_ratio, buffer_batches, seed
-        self.rank, self.world = shard
+        (self.rank, self.world), self.keep_last = shard, False
         self.device = torch.device("cpu")
         self.exclude = torch.tensor(list(exclude), dtype=torch.long)
         self._block = None
+        if self.exclude.numel() and len(cache) and cache.tokens(0).is_floating_point():
+            raise DataError(f"{cache.root} holds no token ids, so exclude_tokens has nothing to name: leave it out")
         if len(self) < 1:
             raise DataError(f"{cache.root} holds {len(cache)} batches, fewer than the {self.world} processes")
         widths = {name: cache.manifest["widths"][name] for name in self.hookpoints}
@@ -212,6 +240,10 @@ class CachedSource(OnTheFly):
 
     def __len__(self) -> int:
         return len(self.cache) // self.world
+
+    def reaches(self, index: int) -> bool:
+        """Whether there is a batch ``index``."""
+        return index < len(self)
 
     def tokens(self, index: int) -> Tensor:
         """The (rows, tokens) ids of batch ``index``."""
@@ -237,6 +269,11 @@ def _words(x: Tensor) -> np.ndarray[Any, Any]:
     return x.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
 
 
+def _ids(rows: Tensor) -> np.ndarray[Any, Any]:
+    found = rows.cpu()
+    return found.float().numpy() if found.is_floating_point() else found.int().numpy()
+
+
 def _name(index: int, suffix: str = "") -> str:
     return f"{index:08d}{suffix}.npy"
 
@@ -251,15 +288,33 @@ def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _check_size(path: Path, shape: tuple[int, int]) -> None:
-    expected = shape[0] * shape[1] * 2
+def _promised(root: Path, manifest: dict[str, Any], index: int) -> list[tuple[Path, int, int]]:
+    """A batch's files, with the number of vectors that most modules yield, and the 16-bit words of each."""
+    vectors = manifest["batch_size"] * manifest["row_length"]
+    found = [(root / "tokens" / _name(index), vectors, 2)]
+    for name, (d_in, d_out) in manifest["widths"].items():
+        found.append((root / name / _name(index), vectors, d_out))
+        if manifest["pairs"]:
+            found.append((root / name / _name(index, ".in"), vectors, d_in))
+    return found
+
+
+def _fault(path: Path, vectors: int, width: int) -> str:
+    """What is wrong with a file; nothing, usually."""
     if not path.is_file():
-        raise FormatError(f"{path} is missing: build the cache again, which keeps what is there")
-    # A header of npy is a multiple of 64 bytes, 128 for these.
-    if path.stat().st_size != expected + 128:
-        raise FormatError(
-            f"{path} has {path.stat().st_size} bytes, expected {expected + 128}: it is torn; delete the cache"
-        )
+        return f"{path} is missing"
+    size = path.stat().st_size
+    # A header of npy is a multiple of 64 bytes, 128 for these. Other sizes are asked of the header: a pooled module
+    # yields one vector per row, an expert as many as are routed to it.
+    if size == 128 + 2 * vectors * width:
+        return ""
+    try:
+        shape = np.load(path, mmap_mode="r").shape
+    except (ValueError, OSError, EOFError):
+        return f"{path} has {size} bytes and is torn"
+    if shape[-1] != width:
+        return f"{path} holds vectors of width {shape[-1]}, not {width}"
+    return ""
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

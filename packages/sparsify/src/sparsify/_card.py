@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from sparsify import convert
 from sparsify._coder import SparseCoder
+from sparsify.convert._sparsify import read_by_eleutherai
 
 BEGIN, END = "<!-- sparsify: begin -->", "<!-- sparsify: end -->"
 
@@ -32,14 +34,15 @@ def card(
         _table(coders, evaluation),
         _protocol(evaluation),
         _recipe(recipe),
-        _usage(repo_id, coders),
+        _usage(repo_id, coders, recipe),
         END,
     ]
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+    return f"---\n{_yaml(header)}---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _what(coders: Mapping[str, SparseCoder], recipe: Mapping[str, Any]) -> str:
-    kind = "transcoders" if next(iter(coders.values())).cfg.transcode else "sparse autoencoders"
+    kind = "transcoder" if next(iter(coders.values())).cfg.transcode else "sparse autoencoder"
+    kind = kind if len(coders) == 1 else f"{kind}s"
     where = f" of `{recipe['model']}`" if recipe.get("model") else ""
     data = f" over `{recipe['dataset']}`" if recipe.get("dataset") else ""
     return f"{len(coders)} {kind} on the activations{where}{data}."
@@ -76,15 +79,18 @@ def _protocol(evaluation: Mapping[str, Any]) -> str:
 def _recipe(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
-    told = {k: v for k, v in recipe.items() if v not in (None, [], "", False) and k not in ("sae", "run_name")}
-    return f"## Training\n\n```yaml\n{yaml.safe_dump(dict(told), sort_keys=False)}```"
+    told = {k: v for k, v in recipe.items() if k != "run_name" and v is not None and v != [] and v != ""}
+    return f"## Training\n\n```yaml\n{_yaml(told)}```"
 
 
-def _usage(repo_id: str, coders: Mapping[str, SparseCoder]) -> str:
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _usage(repo_id: str, coders: Mapping[str, SparseCoder], recipe: Mapping[str, Any]) -> str:
     hook, c = next(iter(coders.items()))
     skip = ", `W_skip` (outputs, inputs)" if c.W_skip is not None else ""
-    theirs = "" if c.cfg.activation not in ("topk", "groupmax") else " (EleutherAI's sparsify runs the same lines)"
-    converted = f'convert.save({{"{hook}": sae}}, "saelens", "saelens")'
+    theirs = " (EleutherAI's sparsify runs the same lines)" if all(map(read_by_eleutherai, coders.values())) else ""
     return f"""## Use
 
 With sparsify{theirs}:
@@ -95,14 +101,38 @@ from sparsify import Sae
 sae = Sae.load_from_hub("{repo_id}", hookpoint="{hook}")
 acts, indices, _ = sae.encode(hidden)
 ```
-
-For SAELens or dictionary_learning, convert first (what a layout cannot express exactly is refused):
-
-```python
-from sparsify import convert
-
-{converted}
-```
-
+{_elsewhere(repo_id, hook, coders, recipe)}
 Each folder holds `cfg.json` and `sae.safetensors`: `encoder.weight` and `W_dec` (latents, width), `encoder.bias`,
 `b_dec`{skip}."""
+
+
+# How each library opens what `convert.save` wrote; {folder} holds the hookpoint shown.
+_OPENED = {
+    "saelens": """from sae_lens import SAE
+
+sae = SAE.load_from_disk("{folder}")""",
+    "dictionary_learning": """from dictionary_learning.utils import load_dictionary
+
+sae, config = load_dictionary("{folder}", device="cpu")""",
+    "circuit_tracer": "",
+}
+_NAMES = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning", "circuit_tracer": "circuit-tracer"}
+
+
+def _elsewhere(repo_id: str, hook: str, coders: Mapping[str, SparseCoder], recipe: Mapping[str, Any]) -> str:
+    """A snippet for each library that can hold these coders, as `convert` judges."""
+    # Hooks are named as circuit-tracer's own model names them, which nothing here can know.
+    hooks = {"feature_input_hook": "...", "feature_output_hook": "..."}
+    needed = {"circuit_tracer": {"model_name": str(recipe.get("model", "...")), **hooks}}
+    shown = ""
+    for layout, opened in _OPENED.items():
+        metadata = needed.get(layout)
+        if convert.refusal(coders, layout, metadata=metadata) is not None:
+            continue
+        told = f", metadata={metadata}" if metadata else ""
+        lines = [f'convert.save(Sae.load_many("{repo_id}"), "{layout}", "{layout}"{told})', ""]
+        if opened:
+            lines += [opened.format(folder=f"{layout}/{hook}"), ""]
+        shown += f"\nWith {_NAMES[layout]}, after converting:\n\n```python\nfrom sparsify import Sae, convert\n\n"
+        shown += "\n".join(lines) + "```\n"
+    return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from sparsify._config import SaeConfig
 from sparsify._errors import ConfigError, DataError
 from sparsify._select import Among, Rule
-from sparsify._sparse import Routes, chosen_products, decode, products_of
-from sparsify.activations import activation_named
+from sparsify._sparse import Routes, chosen_products, decode, product, products_of
+from sparsify.activations import Batch, activation_named
 
 
 class EncoderOutput(NamedTuple):
@@ -140,8 +141,11 @@ class SparseCoder(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """decode(encode(x)) with the skip connection: what is grafted into a model. (..., D) to (..., Do)."""
         acts, indices, _ = self.encode(x)
-        y = self.decode(acts, indices)
-        return y if self.W_skip is None else y + x.to(self.dtype) @ self.W_skip.T
+        return self.skipped(self.decode(acts, indices), x)
+
+    def skipped(self, y: Tensor, x: Tensor) -> Tensor:
+        """y plus the skip connection of x, where this coder has one."""
+        return y if self.W_skip is None else y + product(x.to(self.dtype), self.W_skip.T)
 
     # ------------------------------------------------------------------ losses
 
@@ -152,6 +156,8 @@ class SparseCoder(nn.Module):
         *,
         dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
+        total_tokens: float | Tensor | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
         k: int | None = None,
     ) -> ForwardOutput:
         """Reconstruct x, or predict y from it, with every loss the configuration asks for.
@@ -159,7 +165,9 @@ class SparseCoder(nn.Module):
         Args:
             x: (..., D). y: (..., Do), x itself by default.
             dead_mask: (M,) bool, the latents AuxK should revive.
-            total_variance: Σ‖y − ȳ‖² of the whole batch, where x is only a chunk of it.
+            total_variance: Σ‖y − ȳ‖² of the whole batch, where x is only a chunk of it; losses are then x's shares.
+            total_tokens: its number of tokens.
+            total: from a sum over x's tokens to the sum over the whole batch's.
             k: active latents, where a schedule sets it; ``cfg.k`` by default.
         """
         k = self.cfg.k if k is None else k
@@ -167,13 +175,15 @@ class SparseCoder(nn.Module):
         target = flat if y is None else _rows(y).to(self.dtype)
         if total_variance is None:
             total_variance = (target - target.mean(0)).square().sum()
+        tokens = max(target.shape[0], 1) if total_tokens is None else total_tokens
+        batch = Batch(total_variance, tokens, total or (lambda own: own))
         dead, k_aux = self._dead(dead_mask)
         rules: list[Rule] = [self._rule(k)]
         if k_aux:
             rules.append(Among(dead, k_aux))
         values, routes, widths = chosen_products(flat, self.encoder.weight, self.encoder.bias, self.centre, rules)
 
-        base = self.b_dec if self.W_skip is None else self.b_dec + flat @ self.W_skip.T
+        base = self.skipped(self.b_dec, flat)
         zero = values.new_zeros(())
         main, main_routes = _columns(values, routes, slice(0, widths[0]))
         acts, code_routes, out, multi = self._reconstruction(main, main_routes, base, k, target, total_variance)
@@ -186,7 +196,7 @@ class SparseCoder(nn.Module):
             scale = min(dead.numel() / (self.d_out // 2), 1.0)
             auxk = scale * (guess - (target - out).detach()).square().sum() / total_variance
         nested = self._nested(acts, code_routes, base, target, total_variance) if self.cfg.matryoshka else zero
-        sparsity = self.activation.loss(self, main, main_routes, k, target, total_variance)
+        sparsity = self.activation.loss(self, main, main_routes, k, target, batch)
         return ForwardOutput(
             _shaped(out, shape),
             _shaped(acts, shape),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from sparsify import _hooks
 from sparsify._coder import SparseCoder
 from sparsify._errors import ConfigError, DataError
-from sparsify._evaluate import evaluating
+from sparsify._evaluate import coders_source, evaluating
 from sparsify._progress import Stages, silent
-from sparsify._source import OnTheFly
+from sparsify._source import OnTheFly, Pair, check_finite, limited, warn_of_end
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,31 @@ def top_contexts(
         ConfigError: a latent that a coder does not have.
         DataError: no rows, or no latent fires on them.
     """
-    hooks = {name: name.partition("/seed")[0] for name in coders}
+    hooks = {name: _hooks.hook_of(name) for name in coders}
     for name, coder in coders.items():
         for latent in latents or ():
             if not 0 <= latent < coder.num_latents:
                 raise ConfigError(f"{name} has latents 0 to {coder.num_latents - 1}, not {latent}")
-    paired = any(coder.cfg.transcode for coder in coders.values())
-    source = OnTheFly(model, dataset, list(dict.fromkeys(hooks.values())), transcode=paired, batch_size=batch_size)
-    batches = len(source) if max_batches is None else min(max_batches, len(source))
+    source = coders_source(model, coders, dataset, batch_size)
+    if source.tokens(0).is_floating_point():
+        raise DataError("the rows are not token ids, so there are no contexts to show")
+    batches = limited(len(source), max_batches)
     with torch.no_grad(), _hooks.frozen(model), evaluating(coders):
         best = {name: _Best(coder, contexts) for name, coder in coders.items()}
         for index in range(batches):
+            if not source.reaches(index):
+                warn_of_end(source, "so the contexts are of these")
+                break
             length, batch = source.tokens(index).shape[1], source.batch(index)
             for name, hook in hooks.items():
-                acts, indices = _code(coders[name], batch[hook])
+                acts, indices = _code(coders[name], check_finite(batch[hook], hook, index))
                 best[name].add(acts, indices, index * batch_size, length)
             progress("searching contexts", index + 1, batches)
         found: dict[str, list[Latent]] = {}
         for name, coder in coders.items():
             chosen = best[name].chosen(latents, sample, seed)
             if not chosen:
-                raise DataError(f"{name}: no latent fires on {batches * batch_size} rows, so there is nothing to show")
+                raise DataError(f"{name}: no latent fires on {best[name].tokens:,} tokens, so there is nothing to show")
             windows = _windows(source, hooks[name], coder, best[name], chosen, before, after)
             tokens = _favoured(model, coder, chosen)
             found[name] = [
@@ -176,7 +180,7 @@ def _repeats(group: Tensor) -> Tensor:
     return (group[1:] == group[:-1]).nonzero().squeeze(1) + 1
 
 
-def _code(coder: SparseCoder, pair: Any) -> tuple[Tensor, Tensor]:
+def _code(coder: SparseCoder, pair: Pair) -> tuple[Tensor, Tensor]:
     acts, indices, _ = coder.encode((pair.x if coder.cfg.transcode else pair.y).float())
     return acts, indices
 
@@ -190,7 +194,7 @@ def _windows(
         for row, position in found:
             wanted.setdefault(row // source.batch_size, []).append((latent, row, position))
     windows: dict[tuple[int, int], Context] = {}
-    for index, members in wanted.items():
+    for index, members in sorted(wanted.items()):  # a stream is read forwards
         tokens = source.tokens(index)
         acts, indices = _code(coder, source.batch(index)[hook])
         for latent, row, position in members:

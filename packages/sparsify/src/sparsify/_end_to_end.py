@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsify import _hooks
 from sparsify._coder import ForwardOutput, SparseCoder
 from sparsify._errors import DataError, HookpointError
+from sparsify._whole import Total, spread
 
 
 def logits_of(output: object) -> Tensor:
@@ -22,6 +23,14 @@ def logits_of(output: object) -> Tensor:
     return logits
 
 
+def check_next_tokens(rows: Tensor) -> None:
+    """Refuse rows in which there is no next token to predict."""
+    if rows.is_floating_point():
+        raise DataError("the rows are not token ids, so there is no next token to predict: use loss_fn='fvu'")
+    if rows.shape[1] < 2:
+        raise DataError("rows of one token have no next token to predict: raise ctx_len")
+
+
 def spliced_loss(
     model: nn.Module,
     coders: Mapping[str, SparseCoder],
@@ -30,6 +39,7 @@ def spliced_loss(
     loss: str,
     k: int,
     dead: Mapping[str, Tensor | None],
+    total: Total,
 ) -> tuple[Tensor, dict[str, ForwardOutput]]:
     """Mean CE, or KL(clean ‖ spliced), per token, and what each coder made of the tokens it was given.
 
@@ -39,9 +49,10 @@ def spliced_loss(
         loss: "ce" or "kl".
         k: active latents.
         dead: the latents that AuxK should revive, by coder.
+        total: sums over the processes that hold parts of the batch.
 
     Raises:
-        DataError: a hookpoint's values are not finite, or all alike.
+        DataError: a hookpoint's values are not finite.
     """
     outs: dict[str, ForwardOutput] = {}
 
@@ -55,10 +66,11 @@ def spliced_loss(
                 )
             given = source.flatten(0, 1).float() if keep is None else source[keep].float()
             target = given if source is y else y.flatten(0, 1).float() if keep is None else y[keep].float()
-            variance = (target.detach() - target.detach().mean(0)).square().sum()
+            variance, count = spread(target.detach(), total)
             if not bool(torch.isfinite(variance)):
                 raise DataError(f"{name} yields values that are not finite")
-            out = coder(given, target, dead_mask=dead[name], total_variance=variance.clamp_min(1e-30), k=k)
+            batch_is = {"total_variance": variance.clamp_min(1e-30), "total_tokens": count, "total": total}
+            out = coder(given, target, dead_mask=dead[name], k=k, **batch_is)
             outs[name] = out
             made = out.sae_out.to(y.dtype)
             return made.view_as(y) if keep is None else y.masked_scatter(keep[..., None], made)

@@ -19,6 +19,10 @@ class SparsifyError(Exception):
     """Base class: every error sparsify raises on purpose is one of these."""
 
 
+class SparsifyWarning(UserWarning):
+    """Something that a run did otherwise than its configuration says, with what to type for what was meant."""
+
+
 class ConfigError(SparsifyError):
     """An option that does not exist, or two options that cannot stand together."""
 

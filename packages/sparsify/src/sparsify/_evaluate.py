@@ -20,18 +20,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import _hooks
 from sparsify._coder import SparseCoder
-from sparsify._end_to_end import logits_of
-from sparsify._errors import DataError
+from sparsify._end_to_end import check_next_tokens, logits_of
+from sparsify._errors import DataError, HookpointError, check_number
 from sparsify._files import write_json
 from sparsify._progress import Stages, silent
-from sparsify._source import OnTheFly
+from sparsify._source import OnTheFly, check_finite, limited, ordinary, warn_of_end
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,8 +126,15 @@ def grafted(model: nn.Module, coders: Mapping[str, SparseCoder]) -> Iterator[Non
 
     >>> with grafted(model, {"layers.3": sae}):  # doctest: +SKIP
     ...     logits = model(tokens).logits
+
+    Raises:
+        HookpointError: the model has no such module, or two coders are of one.
     """
-    with _hooks.spliced(model, {name: _replacement(coder) for name, coder in coders.items()}):
+    hooks = {name: _hooks.hook_of(name) for name in coders}
+    for hook in hooks.values():
+        if (names := [name for name in hooks if hooks[name] == hook])[1:]:
+            raise HookpointError(f"{' and '.join(names)} would both replace the output of {hook}: graft one of them")
+    with _hooks.spliced(model, {hooks[name]: _replacement(hooks[name], coder) for name, coder in coders.items()}):
         yield
 
 
@@ -139,6 +146,7 @@ def evaluate(
     batch_size: int = 8,
     max_batches: int | None = None,
     exclude: Sequence[int] = (),
+    max_norm_ratio: float = 0.0,
     progress: Stages = silent,
 ) -> Evaluation:
     """Evaluate coders, by hookpoint, on rows of tokens.
@@ -146,33 +154,41 @@ def evaluate(
     >>> evaluate(model, {"layers.3": sae}, tokenized, max_batches=20).grafted["layers.3"].kl  # doctest: +SKIP
 
     Args:
-        model: with a language-model head, for CE and KL; without one only reconstructions are judged.
+        model: with a language-model head, for CE and KL; without one, or on rows that are not token ids, only
+            reconstructions are judged.
         coders: by hookpoint; ``hookpoint/seedN`` is the N-th coder of one.
         dataset: see `sparsify.data.token_rows`.
         max_batches: stop early.
         exclude: token ids at whose positions activations are neither judged nor replaced.
+        max_norm_ratio: nor are those whose input norm exceeds this multiple of the batch's median; 0 keeps all.
         progress: called with the stage, batches done, and of how many.
 
     Raises:
-        DataError: no rows, or no token left.
+        DataError: no rows, no token left, or activations that are not finite.
+        HookpointError: the model has no such module.
     """
     if not coders:
         raise DataError("there is no coder to evaluate")
-    hooks = {name: name.partition("/seed")[0] for name in coders}
-    paired = any(coder.cfg.transcode for coder in coders.values())
-    source = OnTheFly(model, dataset, list(dict.fromkeys(hooks.values())), transcode=paired, batch_size=batch_size)
-    batches = len(source) if max_batches is None else min(max_batches, len(source))
-    skip = torch.tensor(list(exclude), dtype=torch.long, device=source.device)
+    check_number("max_norm_ratio", max_norm_ratio)
+    hooks = {name: _hooks.hook_of(name) for name in coders}
+    source = coders_source(model, coders, dataset, batch_size)
+    batches = limited(len(source), max_batches)
+    left_out = _LeftOut(torch.tensor(list(exclude), dtype=torch.long, device=source.device), max_norm_ratio)
     with torch.no_grad(), _hooks.frozen(model), evaluating(coders):
         sums = {name: _Sums(coder) for name, coder in coders.items()}
         for index in range(batches):
-            keep = ~torch.isin(source.tokens(index), skip).flatten()
-            if not keep.any():
-                raise DataError(f"batch {index}: every token is excluded, so there is nothing to evaluate")
+            if not source.reaches(index):
+                warn_of_end(source, "so the coders are judged on these")
+                batches = index
+                break
             batch = source.batch(index)
             for name, hook in hooks.items():
-                pair = batch[hook]
-                sums[name].add((pair.x if coders[name].cfg.transcode else pair.y)[keep].float(), pair.y[keep].float())
+                pair = check_finite(batch[hook], hook, index)
+                x = pair.x if coders[name].cfg.transcode else pair.y
+                keep = left_out.keep(source.tokens(index), x)
+                if keep is not None and not keep.any():
+                    raise DataError(f"batch {index}: every token is excluded, so there is nothing to evaluate")
+                sums[name].add(*(each.float() if keep is None else each[keep].float() for each in (x, pair.y)))
             progress("reconstructing", index + 1, batches)
         reconstruction = {name: s.result() for name, s in sums.items()}
         whole = _model_latency(model, source, min(batches, 5))
@@ -180,8 +196,34 @@ def evaluate(
         bare = Evaluation(next(iter(sums.values())).count, math.nan, reconstruction, latency=latency)
         if not _has_logits(model, source.tokens(0)):
             return bare
+        check_next_tokens(source.tokens(0))
         means = {hook: sums[name].mean() for name, hook in hooks.items()}
-        return _with_grafts(bare, model, coders, hooks, source, batches, skip, means, progress)
+        return _with_grafts(bare, model, coders, hooks, source, batches, left_out, means, progress)
+
+
+def coders_source(model: nn.Module, coders: Mapping[str, SparseCoder], dataset: Any, batch_size: int) -> OnTheFly:
+    """All rows' activations at the coders' hookpoints; inputs too where a transcoder reads them."""
+    hooks = {name: _hooks.hook_of(name) for name in coders}
+    paired = {hooks[name] for name, coder in coders.items() if coder.cfg.transcode}
+    names = list(dict.fromkeys(hooks.values()))
+    return OnTheFly(model, dataset, names, transcode=paired, batch_size=batch_size, keep_last=True)
+
+
+class _LeftOut(NamedTuple):
+    """The tokens that are neither judged nor replaced."""
+
+    ids: Tensor
+    max_norm_ratio: float
+
+    def keep(self, tokens: Tensor, x: Tensor) -> Tensor | None:
+        """Which of the vectors a coder reads, (..., D), are not among them; None where all are judged."""
+        keep = None
+        if self.ids.numel():
+            keep = ~torch.isin(tokens, self.ids)
+            if keep.numel() != x.shape[:-1].numel():
+                raise DataError(f"{x.shape[:-1].numel()} vectors for {keep.numel()} tokens: leave out exclude_tokens")
+            keep = keep.view(x.shape[:-1])
+        return ordinary(x, keep, self.max_norm_ratio) if self.max_norm_ratio else keep
 
 
 def _with_grafts(
@@ -191,27 +233,32 @@ def _with_grafts(
     hooks: Mapping[str, str],
     source: OnTheFly,
     batches: int,
-    skip: Tensor,
+    left_out: _LeftOut,
     means: Mapping[str, Tensor],
     progress: Stages,
 ) -> Evaluation:
     plans: dict[tuple[str, str], dict[str, Replacement]] = {}
     for name, hook in hooks.items():
-        plans["grafted", name] = {hook: _replacement(coders[name])}
+        plans["grafted", name] = {hook: _replacement(hook, coders[name])}
         plans["zero", name] = {hook: lambda x, y: torch.zeros_like(y)}
         plans["mean", name] = {hook: lambda x, y, mean=means[hook]: mean.to(y.dtype).expand_as(y)}
     # The first coder of each hookpoint stands for it.
-    plans["together", ""] = {hook: _replacement(coders[name]) for name, hook in reversed(list(hooks.items()))}
+    first = {hook: coders[name] for name, hook in reversed(list(hooks.items()))}
+    plans["together", ""] = {hook: _replacement(hook, coder) for hook, coder in first.items()}
+    transcoded = {key: coders[key[1]].cfg.transcode for key in plans if key[1]}
     totals = {key: torch.zeros(3, dtype=torch.float64) for key in plans}
     clean_ce, count = 0.0, 0
     for index in range(batches):
         tokens = source.tokens(index)
-        keep = ~torch.isin(tokens, skip)[..., None]
         clean = logits_of(_hooks.call(model, tokens))
         clean_ce += float(compare(clean, clean, tokens)[0])
         count += tokens[:, 1:].numel()
         for key, replacements in plans.items():
-            with _hooks.spliced(model, {hook: _only(keep, f) for hook, f in replacements.items()}):
+            spared = {
+                hook: _sparing(left_out, tokens, transcoded.get(key, first[hook].cfg.transcode), replacement)
+                for hook, replacement in replacements.items()
+            }
+            with _hooks.spliced(model, spared):
                 totals[key] += compare(clean, logits_of(_hooks.call(model, tokens)), tokens).cpu()
         progress("grafting", index + 1, batches)
     grafts = {key: Graft(*(total / count).tolist()) for key, total in totals.items()}
@@ -256,7 +303,7 @@ class _Sums:
         encoded = _now(x)
         out = self.coder.decode(acts, indices)
         self.seconds.append(((encoded - began) / len(x), (_now(x) - encoded) / len(x)))
-        out = out if self.coder.W_skip is None else out + x.to(out.dtype) @ self.coder.W_skip.T
+        out = self.coder.skipped(out, x)
         out, y = out.to(self.wide), y.to(self.wide)
         self.total += y.sum(0)
         self.square += float(y.square().sum())
@@ -292,7 +339,7 @@ def _model_latency(model: nn.Module, source: OnTheFly, batches: int) -> float:
         tokens = source.tokens(index)
         began = _now(tokens)
         _hooks.call(model, tokens)
-        seconds.append((_now(tokens) - began) / tokens.numel())
+        seconds.append((_now(tokens) - began) / (len(tokens) if tokens.is_floating_point() else tokens.numel()))
     return 1e6 * median(seconds)
 
 
@@ -303,15 +350,27 @@ def _now(like: Tensor) -> float:
     return time.perf_counter()
 
 
-def _replacement(coder: SparseCoder) -> Replacement:
-    return lambda x, y: coder.reconstruct(x if coder.cfg.transcode and x is not None else y)
+def _replacement(hook: str, coder: SparseCoder) -> Replacement:
+    def replace(x: Tensor | None, y: Tensor) -> Tensor:
+        if coder.cfg.transcode and x is None:
+            raise HookpointError(f"{hook} is called with token ids, so a transcoder has no input to read there")
+        return coder.reconstruct(x if coder.cfg.transcode and x is not None else y)
+
+    return replace
 
 
-def _only(keep: Tensor, replacement: Replacement) -> Replacement:
-    return lambda x, y: torch.where(keep, replacement(x, y).to(y.dtype), y)
+def _sparing(left_out: _LeftOut, tokens: Tensor, transcoded: bool, replacement: Replacement) -> Replacement:
+    def replace(x: Tensor | None, y: Tensor) -> Tensor:
+        keep = left_out.keep(tokens, x if transcoded and x is not None else y)
+        new = replacement(x, y).to(y.dtype)
+        return new if keep is None else torch.where(keep[..., None], new, y)
+
+    return replace
 
 
 def _has_logits(model: nn.Module, tokens: Tensor) -> bool:
+    if tokens.is_floating_point():
+        return False
     try:
         logits = logits_of(_hooks.call(model, tokens[:1]))
     except DataError:

@@ -13,10 +13,11 @@ from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from natsort import natsorted
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +31,9 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NOT_CODERS = ("best", "training_state")
 """Folders of a run that hold no published coder."""
 FORMAT_VERSION = 1
+_HTTP_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # of the HTTP library, whichever it is
+HUB_ERRORS = (OSError, HFValidationError, EntryNotFoundError, *_HTTP_ERRORS)
+"""What the Hub's client raises: for names that cannot be, things that are not there, and no connection."""
 _EXTRA = ("tied", "matryoshka")
 
 
@@ -115,7 +119,7 @@ def load_from_hub(
 ) -> SparseCoder:
     """One coder of a Hub repository; without a hookpoint the repository's root must hold it."""
     wanted = None if hookpoint is None else f"{safe_name(hookpoint)}/*"
-    root = Path(snapshot_download(name, allow_patterns=wanted, revision=revision, token=token))
+    root = _snapshot(name, wanted, revision, token)
     if hookpoint is None:
         if not (root / CONFIG).exists():
             names = ", ".join(list(_folders(root))[:8])
@@ -144,8 +148,10 @@ def load_many(
     else:
         wanted = None if layers is None else [f"{safe_name(layer)}/*" for layer in layers]
         wanted = f"{pattern}/*" if wanted is None and pattern is not None else wanted
-        root = Path(snapshot_download(name, allow_patterns=wanted, revision=revision, token=token))
+        root = _snapshot(name, wanted, revision, token)
     found = _folders(root)
+    if not found and (root / CONFIG).is_file():  # one coder, which is called as its folder or repository
+        found = {Path(name).resolve().name: root}
     if layers is not None:
         for layer in layers:
             if layer not in found:
@@ -160,6 +166,19 @@ def load_many(
         what = f"matching {pattern!r}" if pattern is not None else f"({CONFIG} and {WEIGHTS})"
         raise FormatError(f"{name} holds no coder {what}{_contents(root)}")
     return {hook: load_coder(path, device, decoder) for hook, path in found.items()}
+
+
+def _snapshot(name: str, wanted: str | list[str] | None, revision: str | None, token: str | None) -> Path:
+    """The files of a Hub repository, downloaded where they are not in the cache."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, revision=revision, token=token))
+    except HUB_ERRORS as error:
+        if Path(name).is_dir():
+            raise FormatError(
+                f"{name!r} is a folder here: load it with local=True, or one coder with load_from_disk"
+            ) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise FormatError(f"{name!r} is neither a folder here nor to be had from the Hub: {reason}") from None
 
 
 def safe_name(hookpoint: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -70,26 +71,42 @@ def _layer_list(base: nn.Module, model: nn.Module) -> tuple[str, int]:
     return fitting[0], lists[fitting[0]]
 
 
-def run(model: nn.Module, tokens: Tensor, hookpoints: Sequence[str], *, inputs: bool = False) -> dict[str, Site]:
+def hook_of(name: str) -> str:
+    """The hookpoint of a coder: ``hookpoint/seedN`` is the coder with seed N of one that has several.
+
+    >>> hook_of("layers.10/seed0")
+    'layers.10'
+    """
+    return name.partition("/seed")[0]
+
+
+def run(
+    model: nn.Module, tokens: Tensor, hookpoints: Sequence[str], *, inputs: bool | Collection[str] = False
+) -> dict[str, Site]:
     """One forward pass, stopped as soon as every hookpoint has been reached; a module called twice counts once.
 
+    Args:
+        inputs: whether, or at which hookpoints, inputs are wanted too.
+
     Raises:
-        HookpointError: a hookpoint is never reached, or its module yields no tensor.
+        HookpointError: there is no such module, it is never reached, or it yields no tensor.
     """
     base = base_of(model)
     sites: dict[str, Site] = {}
+    wanted = inputs if not isinstance(inputs, bool) else hookpoints if inputs else ()
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if name in sites:
                 return
-            sites[name] = Site(first_input(args, kwargs, name) if inputs else None, first_output(output, name))
+            sites[name] = Site(first_input(args, kwargs, name) if name in wanted else None, first_output(output, name))
             if len(sites) == len(hookpoints):
                 raise _AllReached
 
         return record
 
-    handles = [base.get_submodule(n).register_forward_hook(recorder(n), with_kwargs=True) for n in hookpoints]
+    modules = _modules(base, hookpoints)
+    handles = [module.register_forward_hook(recorder(n), with_kwargs=True) for n, module in modules.items()]
     try:
         call(base, tokens)
     except _AllReached:
@@ -121,7 +138,8 @@ def spliced(model: nn.Module, replace: Mapping[str, Replacement]) -> Iterator[No
 
         return splice
 
-    handles = [base.get_submodule(n).register_forward_hook(splicer(n), with_kwargs=True) for n in replace]
+    modules = _modules(base, replace)
+    handles = [module.register_forward_hook(splicer(n), with_kwargs=True) for n, module in modules.items()]
     try:
         yield
     finally:
@@ -129,8 +147,18 @@ def spliced(model: nn.Module, replace: Mapping[str, Replacement]) -> Iterator[No
             handle.remove()
 
 
+def _modules(base: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    known = dict(base.named_modules())
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(close)}?" if close else f"it has {', '.join(list(known)[1:6])}, ..."
+            raise HookpointError(f"the model has no module {name!r}; {hint}")
+    return {name: known[name] for name in names}
+
+
 def call(model: nn.Module, tokens: Tensor) -> Any:
-    """Call a model on token ids the way its kind expects."""
+    """Call a model on a batch of token ids, or of other rows, the way its kind expects."""
     if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
         return model(input_ids=tokens, use_cache=False)
     return model(tokens)

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from sparsify._card import BEGIN, END, card
 from sparsify._coder import SparseCoder
 from sparsify._errors import FormatError
 from sparsify._evaluate import Evaluation
-from sparsify._files import load_many, save_coder, write_json
+from sparsify._files import HUB_ERRORS, load_many, save_coder, write_json
 
 SUFFIXES = (".json", ".yaml", ".safetensors", ".md")
 """Nothing else is ever uploaded: no optimiser state, no pickles, no logs."""
@@ -61,7 +67,7 @@ def push_to_hub(
         endpoint: of a Hub other than the default.
 
     Raises:
-        FormatError: no coders, one that does not survive saving, or the Hub refuses.
+        FormatError: no coders, one that does not survive saving, a README that cannot be read, or the Hub refuses.
     """
     source = Path(folder)
     coders = load_many(str(source), True, None, "cpu", True)
@@ -83,7 +89,7 @@ def push_to_hub(
         old = None if dry_run else _existing_readme(api, repo_id, revision, stage)
         merged = _merged(old, text)
         if merged is not None:
-            (stage / "README.md").write_text(merged)
+            (stage / "README.md").write_text(merged, encoding="utf-8")
         paths = sorted(p for p in stage.rglob("*") if p.is_file() and p.suffix in SUFFIXES and ".cache" not in p.parts)
         files = {p.relative_to(stage).as_posix(): p.stat().st_size for p in paths}
         readme = "kept" if merged is None else "written"
@@ -96,7 +102,7 @@ def push_to_hub(
             operations = [CommitOperationAdd(name, stage / name) for name in files]
             message = f"Upload {len(coders)} sparse coder{'s' if len(coders) > 1 else ''}"
             info = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        except HfHubHTTPError as error:
+        except HUB_ERRORS as error:
             raise FormatError(f"the Hub refuses the upload to {repo_id}: {error}") from None
         return Push(files, info.commit_url, readme)
 
@@ -115,11 +121,24 @@ def _check_survival(coders: Mapping[str, SparseCoder], stage: Path) -> None:
 
 
 def _existing_readme(api: HfApi, repo_id: str, revision: str, scratch: Path) -> str | None:
+    """What may have been written by hand; only a plain "there is none" counts as none."""
     try:
         path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=scratch / ".cache")
+    except (LocalEntryNotFoundError, GatedRepoError) as error:  # subclasses of the next two, but no such answer
+        raise _unread(repo_id, error.__cause__ or error) from None
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
-    return Path(path).read_text()
+    except HUB_ERRORS as error:
+        raise _unread(repo_id, error) from None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _unread(repo_id: str, reason: BaseException) -> FormatError:
+    told = str(reason).strip().partition("\n")[0]
+    return FormatError(
+        f"the README of {repo_id} cannot be read, and may be written by hand, so nothing was uploaded: {told}; "
+        "check the name, the token and the connection, and push again"
+    )
 
 
 def _merged(old: str | None, new: str) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify._errors import ConfigError, DataError
-from sparsify.data import MemmapDataset, StreamedRows, chunk_and_tokenize, documents
+from sparsify._errors import ConfigError, DataError, check_whole
+from sparsify.data import MemmapDataset, StreamedRows, TooShortError, chunk_and_tokenize, documents
 
 
 def load_model(
@@ -82,6 +82,9 @@ def load_rows(
 
     Rows that already have ``input_ids`` are taken as they are. Everything but a memory map or a stream is shuffled.
     """
+    check_whole("ctx_len", ctx_len, 1)
+    if max_examples is not None:
+        check_whole("max_examples", max_examples, 1)
     _refuse_ignored(name, split, arguments)
     if name.endswith(".bin"):
         return MemmapDataset(name, ctx_len, max_examples)
@@ -92,8 +95,7 @@ def load_rows(
         if longest > ctx_len:
             raise DataError(f"{name!r} has rows of {longest} tokens, longer than ctx_len={ctx_len}: raise --ctx_len")
     else:
-        tokenizer = load_tokenizer(model, revision, token)
-        data = chunk_and_tokenize(data, tokenizer, max_seq_len=ctx_len, num_proc=num_proc, text_key=text_column)
+        data = _tokenized(data, load_tokenizer(model, revision, token), name, ctx_len, num_proc, text_column)
     if streamed:
         if max_examples is None:
             raise DataError("a stream has no length, so the schedule needs one: set --max_examples")
@@ -102,6 +104,19 @@ def load_rows(
         data = data.shuffle(seed=shuffle_seed)
     data = data.with_format("torch", columns=["input_ids"])
     return data if max_examples is None else data.select(range(min(max_examples, len(data))))
+
+
+def _tokenized(data: Any, tokenizer: Any, name: str, ctx_len: int, num_proc: int | None, text_column: str) -> Any:
+    """`chunk_and_tokenize`, in the command line's words."""
+    if data.column_names is not None and text_column not in data.column_names:
+        raise DataError(
+            f"{name!r} has no column {text_column!r}, only {', '.join(data.column_names)}: set --text_column"
+        )
+    try:
+        return chunk_and_tokenize(data, tokenizer, max_seq_len=ctx_len, num_proc=num_proc, text_key=text_column)
+    except TooShortError as error:
+        fault = str(error).partition(":")[0]
+        raise DataError(f"{name!r}: {fault}: lower --ctx_len, or give more text") from None
 
 
 def _refuse_ignored(name: str, split: str, arguments: Mapping[str, Any] | None) -> None:

@@ -6,6 +6,7 @@ A tracker is imported only when it is asked for; the rest of the package does no
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -28,12 +29,13 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per interval. Resuming at a step drops the lines after it."""
+    """``metrics.jsonl``: one object per interval. Resuming at a step drops the lines after it, whole or half."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() and resumed_at else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_bytes().splitlines() if path.exists() and resumed_at else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step_of(line) <= resumed_at))
+        os.replace(temporary, path)
         self.file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -44,6 +46,14 @@ class JsonLines:
     def close(self) -> None:
         """Nothing is pending: every line was flushed."""
         self.file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """A line's step; one that a killed run left half-written comes after all, since its interval is repeated."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Wandb:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +21,8 @@ class Optimiser(Protocol):
         """Apply the gradients of optimiser step number ``step``, counted from 0, and clear them."""
         ...
 
-    def averaged(self) -> Any:
-        """A context in which the parameters hold the weights worth keeping."""
+    def settle(self) -> Callable[[], None]:
+        """Give the parameters the weights worth keeping; the function returned takes those that are trained back."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,10 +92,9 @@ class Scheduled:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def settle(self) -> Callable[[], None]:
         """The weights as they are."""
-        yield
+        return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all optimisers."""
@@ -136,21 +134,21 @@ class ScheduleFreeSign(Optimizer):
                     part.lerp_(z, c).add_(sign, alpha=-(1 - c) * (1 - beta) * group["lr"])
         self.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the averages x; y comes back bit for bit."""
+    @torch.no_grad()
+    def settle(self) -> Callable[[], None]:
+        """The averages x; y comes back bit for bit."""
         kept = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
-        try:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for p in group["params"]:
-                        if p in self.state:
-                            p.add_(self._z(p), alpha=group["beta"] - 1).div_(group["beta"])
-            yield
-        finally:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    p.add_(self._z(p), alpha=group["beta"] - 1).div_(group["beta"])
+
+        def take_back() -> None:
             with torch.no_grad():
                 for p, y in kept.items():
                     p.copy_(y)
+
+        return take_back
 
     def _z(self, p: Tensor) -> Tensor:
         if "z" not in self.state[p]:

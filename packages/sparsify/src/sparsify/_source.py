@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from gradcore import model_fingerprint
 from sparsify import _hooks
-from sparsify._errors import DataError
-from sparsify.data import token_rows
+from sparsify._errors import DataError, SparsifyWarning, check_whole
+from sparsify.data import StreamedRows, token_rows
 
 
 class Pair(NamedTuple):
@@ -19,6 +21,11 @@ class Pair(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+    def to(self, device: torch.device) -> Pair:
+        """The pair on a device."""
+        x = self.x.to(device)
+        return Pair(x, x if self.y is self.x else self.y.to(device))
 
 
 class Source(Protocol):
@@ -44,16 +51,17 @@ class OnTheFly:
     """Activations computed as they are needed, by a model that stops after the deepest hookpoint.
 
     Args:
-        model: any module called with (rows, tokens) ids.
+        model: any module called with (rows, tokens) ids, or with rows of whatever floating shape.
         dataset: whatever `sparsify.data.token_rows` takes.
         hookpoints: module names relative to the base model.
-        transcode: pair each module's input with its output, instead of its output with itself.
+        transcode: pair modules' inputs with their outputs, instead of outputs with themselves: all, none, or some.
         batch_size: rows per batch.
         exclude: token ids whose positions are left out.
         max_norm_ratio: leave out tokens whose input norm exceeds this multiple of the batch's median; 0 keeps all.
         buffer_batches: how many batches are mixed token by token before they are served.
         seed: of the mixing.
         shard: (process, processes): batch i of process r is the (i · processes + r)-th of the data.
+        keep_last: also serve the rows that fill no whole batch, as a last short one.
     """
 
     def __init__(
@@ -62,18 +70,20 @@ class OnTheFly:
         dataset: Any,
         hookpoints: Sequence[str],
         *,
-        transcode: bool,
+        transcode: bool | Collection[str],
         batch_size: int,
         exclude: Sequence[int] = (),
         max_norm_ratio: float = 0.0,
         buffer_batches: int = 1,
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
+        keep_last: bool = False,
     ) -> None:
+        check_whole("batch_size", batch_size, 1)
         self.model, self.dataset, self.hookpoints = model, dataset, list(hookpoints)
         self.transcode, self.batch_size = transcode, batch_size
         self.max_norm_ratio, self.buffer_batches, self.seed = max_norm_ratio, buffer_batches, seed
-        self.rank, self.world = shard
+        (self.rank, self.world), self.keep_last = shard, keep_last
         self.device = _hooks.device_of(model)
         self.exclude = torch.tensor(list(exclude), dtype=torch.long, device=self.device)
         self._block: tuple[int, dict[str, list[Pair]]] | None = None
@@ -85,21 +95,39 @@ class OnTheFly:
         self.widths = self._measure()
 
     def __len__(self) -> int:
-        return len(self.dataset) // (self.batch_size * self.world)
+        rows, share = len(self.dataset), self.batch_size * self.world
+        return -(-rows // share) if self.keep_last else rows // share
 
     def _measure(self) -> dict[str, tuple[int, int]]:
-        tokens = self._checked(token_rows(self.dataset, 0, 1))[:, :8].to(self.device)
+        row = self._checked(token_rows(self.dataset, 0, 1)).to(self.device)
         with torch.no_grad(), _hooks.frozen(self.model):
-            sites = _hooks.run(self.model, tokens, self.hookpoints, inputs=self.transcode)
+            few = row if row.is_floating_point() else row[:, :8]
+            sites = _hooks.run(self.model, few, self.hookpoints, inputs=self.transcode)
         return {n: ((s.output if s.input is None else s.input).shape[-1], s.output.shape[-1]) for n, s in sites.items()}
+
+    def reaches(self, index: int) -> bool:
+        """Whether there is a batch ``index``, with what it is mixed with, for every process: streams may end early."""
+        if not isinstance(self.dataset, StreamedRows):
+            return index < len(self)
+        share, begin = self.batch_size * self.world, index // self.buffer_batches * self.buffer_batches
+        stop = min(begin + self.buffer_batches, len(self)) * share
+        least = index * share + 1 if self.keep_last else stop
+        return index < len(self) and self.dataset.available(stop, begin * share) >= least
 
     def tokens(self, index: int) -> Tensor:
         """The (rows, tokens) ids of batch ``index``."""
         start = (index * self.world + self.rank) * self.batch_size
-        return self._checked(token_rows(self.dataset, start, start + self.batch_size)).to(self.device)
+        stop = start + self.batch_size
+        if self.keep_last and isinstance(self.dataset, StreamedRows):
+            stop = self.dataset.available(stop, start)
+        return self._checked(token_rows(self.dataset, start, stop)).to(self.device)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Ids that the model's embedding can look up: beyond it, some devices read whatever lies there."""
+        if tokens.is_floating_point():
+            if self.exclude.numel():
+                raise DataError("the rows are not token ids, so exclude_tokens has nothing to name: leave it out")
+            return tokens
         embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
         known = getattr(embedding, "num_embeddings", None)
         if known is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
@@ -126,6 +154,8 @@ class OnTheFly:
     def checksum(self) -> int:
         """Of the first batch's ids, by value and place."""
         first = token_rows(self.dataset, 0, self.batch_size).cpu()
+        if first.is_floating_point():
+            return crc32(first.float().contiguous().numpy().tobytes())
         return int((first * torch.arange(1, first.numel() + 1).view_as(first)).sum())
 
     def model_fingerprint(self) -> str:
@@ -138,10 +168,11 @@ class OnTheFly:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         mixed: dict[str, list[Pair]] = {}
         for name in self.hookpoints:
+            paired = batches[0][name].x is not batches[0][name].y
             x = torch.cat([b[name].x for b in batches])
-            y = torch.cat([b[name].y for b in batches]) if self.transcode else x
+            y = torch.cat([b[name].y for b in batches]) if paired else x
             order = torch.randperm(len(x), generator=generator).to(x.device).tensor_split(len(batches))
-            mixed[name] = [Pair(xs := x[part], y[part] if self.transcode else xs) for part in order]
+            mixed[name] = [Pair(xs := x[part], y[part] if paired else xs) for part in order]
         return mixed
 
     def _computed(self, index: int) -> dict[str, Pair]:
@@ -163,9 +194,7 @@ class OnTheFly:
                 f"{name} yields {len(x)} vectors for {len(keep)} tokens, so tokens cannot be excluded there"
             )
         if self.max_norm_ratio:
-            norms = torch.linalg.vector_norm(x.float(), dim=-1)
-            usual = norms <= self.max_norm_ratio * (norms if keep is None else norms[keep]).median()
-            keep = usual if keep is None else keep & usual
+            keep = ordinary(x, keep, self.max_norm_ratio)
         if keep is None:
             return Pair(x, y)
         if not keep.any():
@@ -174,3 +203,42 @@ class OnTheFly:
             )
         kept = x[keep]
         return Pair(kept, kept if y is x else y[keep])
+
+
+def ordinary(x: Tensor, keep: Tensor | None, ratio: float) -> Tensor:
+    """Which of the vectors (..., D) have at most ``ratio`` times the median norm of those to keep, all by default."""
+    norms = torch.linalg.vector_norm(x.float(), dim=-1)
+    usual = norms <= ratio * (norms if keep is None else norms[keep]).median()
+    return usual if keep is None else keep & usual
+
+
+def limited(batches: int, most: int | None) -> int:
+    """The number of batches to take, where there may be a limit."""
+    if most is None:
+        return batches
+    check_whole("max_batches", most, 1)
+    return min(most, batches)
+
+
+def check_finite(pair: Pair, name: str, index: int) -> Pair:
+    """Refuse a batch with NaN or infinite values, naming it and the side on which they are."""
+    for side, values in (("output", pair.y), ("input", pair.x)):
+        if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
+            raise not_finite(name, index, side)
+    return pair
+
+
+def warn_of_end(source: Source, so: str) -> None:
+    """Say that a stream ended before its ``num_rows``, and what came of it."""
+    assert isinstance(source, OnTheFly)
+    assert isinstance(source.dataset, StreamedRows)
+    message = f"{source.dataset.end()}, {so}; nothing is lost, but next time set max_examples to that number"
+    warnings.warn(message, SparsifyWarning, stacklevel=3)
+
+
+def not_finite(name: str, index: int, side: str) -> DataError:
+    """The error for activations with NaN or infinite values."""
+    return DataError(
+        f"batch {index}: {name} yields values that are not finite at its {side}: the model overflows on this "
+        "text (half precision?) or its weights are broken"
+    )

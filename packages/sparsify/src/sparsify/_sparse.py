@@ -57,7 +57,7 @@ class Routes:
     def sum_by_latent(self, weights: Tensor, rows: Tensor) -> Tensor:
         """(M, D): for each latent, Σ over its entries of weight times the token's row."""
         if self.dense:
-            return self.scattered(weights).T @ rows
+            return product(self.scattered(weights).T, rows)
         entry, token, begin = self.by_latent()
         return bag(token, rows, begin, weights.flatten()[entry])
 
@@ -68,7 +68,7 @@ class Routes:
     def sum_by_token(self, weights: Tensor, rows: Tensor) -> Tensor:
         """(N, D): for each token, Σ over its entries of weight times the latent's row."""
         if self.dense:
-            return self.scattered(weights) @ rows
+            return product(self.scattered(weights), rows)
         n, width = self.indices.shape
         begin = torch.arange(0, n * width, width, device=self.indices.device) if width else None
         if begin is None:
@@ -78,8 +78,9 @@ class Routes:
     def dots(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """(N, K): for each entry, the dot product of its token's row with its latent's row."""
         if self.dense:
-            return self.masked((tokens @ rows.T).gather(1, self.indices))
-        return self.masked(kernels_for(rows).dots(self.indices, tokens, rows))
+            return self.masked(product(tokens, rows.T).gather(1, self.indices))
+        with unrounded(rows):
+            return self.masked(kernels_for(rows).dots(self.indices, tokens, rows))
 
     def masked(self, weights: Tensor) -> Tensor:
         """The weights with padding at zero."""
@@ -102,7 +103,19 @@ def bag(indices: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor
     """Σ of weight times row within each bag; bag i starts at begin[i] and empty bags give zeros."""
     if not indices.numel():
         return rows.new_zeros(begin.numel(), rows.shape[1])
-    return kernels_for(rows).bag(indices, rows, begin, weights)
+    with unrounded(rows):
+        return kernels_for(rows).bag(indices, rows, begin, weights)
+
+
+def unrounded(like: Tensor) -> torch.autocast:
+    """A context without autocast: only the products by which latents are chosen follow it."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype, also under autocast."""
+    with unrounded(a):
+        return a @ b
 
 
 class Products(NamedTuple):
@@ -128,10 +141,9 @@ def chosen_products(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | No
         chosen = _sweep(x_c, weight, bias, rules)
         values, indices, valid = _side_by_side(chosen)
         routes = Routes(indices, valid, weight.shape[0])
-        if values.dtype != weight.dtype and not routes.dense:  # chosen in bf16, valued in full
-            with torch.autocast(x.device.type, enabled=False):
-                values = routes.dots(x_c, weight) + routes.masked(bias[indices])
-    values = _SparseGradient.apply(values.to(weight.dtype), routes, x_c, x, weight, bias, centre)
+        if values.dtype != weight.dtype:  # chosen in bf16, valued in full
+            values = routes.dots(x_c, weight) + routes.masked(bias[indices])
+    values = _SparseGradient.apply(values, routes, x_c, x, weight, bias, centre)
     return Products(values, routes, tuple(s.indices.shape[1] for s in chosen))
 
 
@@ -161,7 +173,7 @@ class _SparseGradient(torch.autograd.Function):
             routes.sum_by_token(grad, weight) if need_x else None,
             routes.sum_by_latent(grad, x_c) if need_weight else None,
             by_latent if need_bias else None,
-            -(by_latent @ weight) if need_centre else None,
+            -product(by_latent, weight) if need_centre else None,
         )
 
 
@@ -236,4 +248,5 @@ def _side_by_side(chosen: Sequence[Selection]) -> Selection:
 
 def products_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """All products at once, (N, M): for those who ask for pre-activations."""
-    return torch.addmm(bias.to(weight.dtype), x.to(weight.dtype), weight.T)
+    with unrounded(x):
+        return torch.addmm(bias.to(weight.dtype), x.to(weight.dtype), weight.T)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,16 @@ from torch import Tensor, nn
 from sparsify import _checkpoint, _hooks
 from sparsify._coder import ForwardOutput, SparseCoder
 from sparsify._config import TrainConfig
-from sparsify._errors import CheckpointError, ConfigError, DataError
+from sparsify._errors import CheckpointError, DataError
 from sparsify._files import save_coder, write_json
 from sparsify._loggers import TRACKERS, JsonLines, Logger
 from sparsify._meters import Meters
 from sparsify._optim import make_optimiser
 from sparsify._parallel import Processes
 from sparsify._progress import Terminal
-from sparsify._source import OnTheFly, Pair, Source
-from sparsify._start import fresh_coder, start_from
-
-# Fields that say where and how often things are written, not what is learned: a resumed run may change them.
-_FREE = ("save_dir", "run_name", "save_every", "save_best", "log_every", "log_to", "log_to_wandb", "finetune")
+from sparsify._source import OnTheFly, Pair, Source, warn_of_end
+from sparsify._start import check_cuts, fresh_coder, initialise, source_for, start_from
+from sparsify._whole import active_total, learnable_spread
 
 
 class Trainer:
@@ -40,8 +39,8 @@ class Trainer:
         dataset: rows of token ids (see `sparsify.data.token_rows`).
         model: any module that takes token ids; hookpoints are relative to its ``base_model`` where it has one. It is
             put in evaluation mode while training runs and is left as it was.
-        source: activations from elsewhere, such as an `ActivationCache`; then dataset and model are not needed for
-            ``loss_fn="fvu"``.
+        source: activations from elsewhere, such as `ActivationCache.source_for`; then dataset and model are not
+            needed, and what the configuration says of the data must be what the source does.
         device: where coders live without a model; with one, they live where it does.
         recipe: how model and data came about; kept in config.json beside the configuration.
         loggers: receive the averages of each interval, beside metrics.jsonl and the terminal.
@@ -61,7 +60,7 @@ class Trainer:
         self.cfg, self.model, self.loggers = cfg, model, list(loggers)
         self.recipe, self.averages = dict(recipe or {}), dict[str, float]()
         self.processes = Processes()
-        self.source = source or self._on_the_fly(dataset)
+        self.source = source_for(cfg, dataset, model, source, (self.processes.rank, self.processes.world))
         self.hookpoints = list(self.source.widths)
         self.owned = self.processes.owned(self.hookpoints) if cfg.distribute_modules else self.hookpoints
         self.device = torch.device(device or "cpu") if model is None else _hooks.device_of(model)
@@ -74,6 +73,7 @@ class Trainer:
         for coder in self.saes.values():
             if cfg.sae.tied:
                 coder.tie()
+            check_cuts(cfg, coder.activation, self._replicas, first=self.processes.first)
         self.total_steps = len(self.source) // cfg.grad_acc_steps
         if not self.total_steps:
             raise DataError(
@@ -86,24 +86,9 @@ class Trainer:
         }
         self.best = dict.fromkeys(self.saes, math.inf)
         self.meters = Meters()
+        self._take_back: Callable[[], None] | None = None  # while the coders hold the published weights
         if cfg.finetune:
             start_from(cfg.finetune, self.saes)
-
-    def _on_the_fly(self, dataset: Any) -> Source:
-        if self.model is None or dataset is None:
-            raise ConfigError("give either a dataset and a model, or a source of activations")
-        cfg = self.cfg
-        return OnTheFly(
-            self.model,
-            dataset,
-            _hooks.find_hookpoints(self.model, cfg.hookpoints, cfg.layers, cfg.layer_stride),
-            transcode=cfg.sae.transcode,
-            batch_size=cfg.batch_size,
-            exclude=cfg.exclude_tokens,
-            max_norm_ratio=cfg.max_norm_ratio,
-            buffer_batches=cfg.buffer_batches,
-            shard=(self.processes.rank, self.processes.world),
-        )
 
     @property
     def folder(self) -> Path:
@@ -113,22 +98,27 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train to the end of the data, from wherever the state stands, and leave the coders in the run folder."""
+        """Train to the end of the data, from wherever the state stands, and leave the coders in the run folder.
+
+        `saes` then hold the weights that the folder does. A stream that ends before its ``num_rows`` ends the run
+        there, with a warning.
+        """
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {**self.cfg.to_dict(), **self.recipe})
         sinks: list[Logger] = [*self.loggers]
         if self.processes.first:
-            for tracker in self.cfg.trackers:
-                sinks.append(TRACKERS[tracker](self.folder, self.cfg.run_name, self.cfg.to_dict()))
+            sinks += [TRACKERS[name](self.folder, self.cfg.run_name, self.cfg.to_dict()) for name in self.cfg.trackers]
             sinks.append(JsonLines(self.folder / "metrics.jsonl", self.global_step))
         terminal = Terminal(self.total_steps, self.global_step, shown=self.processes.first)
         sinks.append(terminal)
         try:
             with _hooks.frozen(self.model or nn.Module(), no_parameter_gradients=self.cfg.loss_fn != "fvu"):
-                while self.global_step < self.total_steps:
+                more = self._goes_on()
+                while more:
                     terminal.advance(self.step())
-                    if not self.global_step % self.cfg.log_every or self.global_step == self.total_steps:
+                    more = self._goes_on()
+                    if not self.global_step % self.cfg.log_every or not more:
                         self.averages = self._averages()
                         for sink in sinks:
                             sink.log(self.global_step, self.averages)
@@ -140,9 +130,19 @@ class Trainer:
         for coder in self.saes.values():
             coder.eval()
         self.save()
+        self._settle(True)
+        if self.global_step < self.total_steps and self.processes.first:
+            warn_of_end(self.source, f"so the run ends at step {self.global_step} of its schedule's {self.total_steps}")
+
+    def _goes_on(self) -> bool:
+        """Whether there is another step and data for it; a first step is always tried."""
+        last = (self.global_step + 1) * self.cfg.grad_acc_steps - 1
+        reached = not self.global_step or not isinstance(self.source, OnTheFly) or self.source.reaches(last)
+        return self.global_step < self.total_steps and reached
 
     def step(self) -> int:
         """One optimiser step; returns the tokens it took, over all processes."""
+        self._settle(False)
         for coder in self.saes.values():
             coder.train()
         k = self.get_current_k()
@@ -173,32 +173,33 @@ class Trainer:
     def _local_losses(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
         batch = self.source.batch(index)
         for hook in list(batch):
-            pair = _moved(batch.pop(hook), self.device)
+            pair = batch.pop(hook).to(self.device)
             if self.cfg.distribute_modules:
                 pair = self._to_owner(hook, pair)
                 if hook not in self.owned:
                     continue
             pair = Pair(x := pair.x.float(), x if pair.y is pair.x else pair.y.float())
-            variance = self._variance(pair, hook, index)
+            variance, count = learnable_spread(pair, hook, index, self._sum)
             for name, coder in self.saes.items():
-                if name != hook and name.rpartition("/seed")[0] != hook:
+                if _hooks.hook_of(name) != hook:
                     continue
                 if self.global_step == 0 and index == 0 and not self.cfg.finetune:
                     self._initialise(coder, pair)
+                with self._precision():
+                    total = active_total(coder, pair.x, self.cfg.micro_acc_steps, self._sum)
+                batch_is = {"total_variance": variance, "total_tokens": count, "total": total}
                 for x, y in zip(pair.x.chunk(self.cfg.micro_acc_steps), pair.y.chunk(self.cfg.micro_acc_steps)):
                     with self._precision():
-                        out = coder(x, y, dead_mask=self._dead(name), total_variance=variance, k=k)
+                        out = coder(x, y, dead_mask=self._dead(name), k=k, **batch_is)
                     share = 1 / self.cfg.grad_acc_steps
-                    added = self._added(out, self.cfg.micro_acc_steps * self._replicas)
-                    ((out.fvu + added) * share).backward()
+                    ((out.fvu + self._added(out)) * share).backward()
                     self._record(out, name, fired, tokens, share)
 
-    def _added(self, out: ForwardOutput, parts: int) -> Tensor:
-        """The losses beside the reconstruction's or the model's own; ``parts`` chunks are summed to a batch's."""
-        cfg = self.cfg
-        loss = cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
-        if out.sparsity_loss.requires_grad:  # a mean over tokens, where the others are shares of the batch's variance
-            loss = loss + cfg.sparsity_coefficient * out.sparsity_loss / parts
+    def _added(self, out: ForwardOutput) -> Tensor:
+        """The losses beside the reconstruction's or the model's own: a chunk's shares of the batch's."""
+        loss = self.cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8 + out.nested_fvu
+        if out.sparsity_loss.requires_grad:
+            loss = loss + self.cfg.sparsity_coefficient * out.sparsity_loss
         return loss
 
     def _record(self, out: ForwardOutput, name: str, fired: Mapping[str, Tensor], tokens: Tensor, share: float) -> None:
@@ -214,28 +215,29 @@ class Trainer:
         coder.activation.observe(coder, out.latent_acts.detach())
 
     def _end_to_end_loss(self, index: int, k: int, fired: Mapping[str, Tensor], tokens: Tensor) -> None:
-        from sparsify._end_to_end import spliced_loss
+        from sparsify._end_to_end import check_next_tokens, spliced_loss
 
         assert isinstance(self.source, OnTheFly)
         assert self.model is not None
         ids, cfg = self.source.tokens(index), self.cfg
+        check_next_tokens(ids)
         if self.global_step == 0 and index == 0 and not cfg.finetune:
             for hook, pair in self.source.batch(index).items():
-                self._variance(pair, hook, index)
+                learnable_spread(pair, hook, index, self._sum)
                 self._initialise(self.saes[hook], Pair(pair.x.float(), pair.y.float()))
         keep = ~torch.isin(ids, self.source.exclude) if self.source.exclude.numel() else None
         if keep is not None and not bool(keep.any()):
             raise DataError(f"batch {index}: every token is excluded: exclude_tokens leaves nothing")
         dead = {name: self._dead(name) for name in self.saes}
         try:
-            loss, outs = spliced_loss(self.model, self.saes, ids, keep, cfg.loss_fn, k, dead)
+            loss, outs = spliced_loss(self.model, self.saes, ids, keep, cfg.loss_fn, k, dead, self._sum)
         except DataError as error:
             raise DataError(f"batch {index}: {error}: the model's weights are broken, or the run diverged") from None
         if not bool(torch.isfinite(loss)):
             raise DataError(f"batch {index}: the {cfg.loss_fn} loss is {float(loss.detach())}; lower the learning rate")
-        share = 1 / (cfg.grad_acc_steps * self._replicas)
-        added = [self._added(out, 1) for out in outs.values()]
-        (torch.stack([loss, *added]).sum() * share).backward()
+        # The model's loss is a mean over this process's tokens, the others are shares of the whole batch's variance.
+        loss, share = loss / self._replicas, 1 / cfg.grad_acc_steps
+        (torch.stack([loss, *map(self._added, outs.values())]).sum() * share).backward()
         self.meters.add(cfg.loss_fn, loss.detach() * share)
         for name, out in outs.items():
             self._record(out, name, fired, tokens, share)
@@ -273,38 +275,15 @@ class Trainer:
         x = self.processes.gather_rows(pair.x, owner)
         return Pair(x, x if pair.y is pair.x else self.processes.gather_rows(pair.y, owner))
 
-    def _variance(self, pair: Pair, hook: str, index: int) -> Tensor:
-        """Σ‖y − ȳ‖² over the whole batch, all chunks and processes; refuses what is not finite."""
-        mean = pair.y.mean(0)
+    def _sum(self, own: Tensor) -> Tensor:
+        """The sum over the processes that hold parts of a batch."""
+        whole = own.clone()
         if self._replicas > 1:
-            count = torch.tensor([float(len(pair.y))], device=mean.device)
-            mean = mean * count
-            self.processes.sum_(mean, count)
-            mean = mean / count
-        variance = (pair.y - mean).square().sum()
-        if self._replicas > 1:
-            self.processes.sum_(variance)
-        if not bool(torch.isfinite(variance + pair.x.sum())):
-            side = "output" if pair.x is pair.y or not bool(torch.isfinite(variance)) else "input"
-            raise DataError(
-                f"batch {index}: {hook} yields values that are not finite at its {side}: the model overflows on this "
-                "text (half precision?) or its weights are broken"
-            )
-        if not float(variance):
-            raise DataError(
-                f"batch {index}: {hook} yields the same vector for every token, so there is nothing to learn"
-            )
-        return variance
+            self.processes.sum_(whole)
+        return whole
 
     def _initialise(self, coder: SparseCoder, pair: Pair) -> None:
-        """Start from the whole first batch, whichever process holds it."""
-        if self._replicas == 1:
-            coder.initialise(pair.x, pair.y)
-            return
-        x, y = self.processes.gather_rows(pair.x, 0), self.processes.gather_rows(pair.y, 0)
-        if self.processes.first:
-            coder.initialise(x, y)
-        self.processes.broadcast_(*coder.state_dict().values())
+        initialise(coder, pair, self.processes if self._replicas > 1 else None)
 
     def _dead(self, name: str) -> Tensor | None:
         # No latent can be dead yet, so don't look: looking waits for the device.
@@ -326,27 +305,39 @@ class Trainer:
 
     def save(self) -> None:
         """Publish the coders and keep the state; safe to be killed in the middle."""
-        improved = self._improved() if self.cfg.save_best else ()
-        with self.optimiser.averaged():
+        with self._trained():
+            improved = self._improved() if self.cfg.save_best else ()
+            self._settle(True)
             for name, coder in self.saes.items():
-                if self.cfg.optimizer == "signum":
-                    coder.after_step()  # an average of unit rows is shorter than one
                 if self.cfg.distribute_modules or self.processes.first:
-                    published = self._published(coder)
+                    published = _checkpoint.published(coder, self.get_current_k())
                     save_coder(published, self.folder / name)
                     if name in improved:
                         save_coder(published, self.folder / "best" / name)
-        self.meters.saved()
-        _checkpoint.write_state(self.folder, self.global_step, self.state_dict(), self.processes)
+            self._settle(False)
+            self.meters.saved()
+            _checkpoint.write_state(self.folder, self.global_step, self._state(), self.processes)
 
-    def _published(self, coder: SparseCoder) -> SparseCoder:
-        k = self.get_current_k()
-        if k == coder.cfg.k:
-            return coder
-        # Mid-schedule, the file says the k it was trained with.
-        twin = SparseCoder(coder.d_in, replace(coder.cfg, k=k), "meta", coder.dtype, d_out=coder.d_out)
-        twin.load_state_dict(coder.state_dict(), assign=True)
-        return twin
+    @contextmanager
+    def _trained(self) -> Iterator[None]:
+        """The weights that are trained, also after `fit`, which leaves the published ones."""
+        settled = self._take_back is not None
+        self._settle(False)
+        try:
+            yield
+        finally:
+            self._settle(settled)
+
+    def _settle(self, published: bool) -> None:
+        """Give the coders the published weights, or take the trained ones back."""
+        if published and self._take_back is None:
+            self._take_back = self.optimiser.settle()
+            if self.cfg.optimizer == "signum":
+                for coder in self.saes.values():
+                    coder.after_step()  # an average of unit rows is shorter than one
+        elif not published and self._take_back is not None:
+            self._take_back()
+            self._take_back = None
 
     def _improved(self) -> list[str]:
         """The coders whose loss since the last checkpoint is the best so far; end to end they share the model's."""
@@ -361,10 +352,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later process needs to go on as if there had been no interruption."""
+        with self._trained():
+            return deepcopy(self._state())
+
+    def _state(self) -> dict[str, Any]:
         return {
             "step": self.global_step,
             "tokens_seen": self.tokens_seen,
-            "config": _described(self.cfg),
+            "config": _checkpoint.described(self.cfg),
             "data": self.source.fingerprint(),
             "coders": {name: coder.state_dict() for name, coder in self.saes.items()},
             "optimiser": self.optimiser.state_dict(),
@@ -381,27 +376,19 @@ class Trainer:
         """
         folder = self.folder if path is None else Path(path)
         state = _checkpoint.read_state(folder, self.device, self.processes)
-        _checkpoint.check_same(state["config"], _described(self.cfg))
+        _checkpoint.check_same(state["config"], _checkpoint.described(self.cfg))
         _checkpoint.check_same({"data": state["data"]}, {"data": self.source.fingerprint()})
         if list(state["coders"]) != list(self.saes):
             raise CheckpointError(
                 f"{folder} holds {', '.join(state['coders'])}, this run trains {', '.join(self.saes)}"
             )
+        self._settle(False)
         self.global_step, self.tokens_seen = state["step"], state["tokens_seen"]
         for name, coder in self.saes.items():
             coder.load_state_dict(state["coders"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.tokens_since_fired = state["tokens_since_fired"]
         self.best, self.meters.interval = state["best"], state["metrics"]
-
-
-def _moved(pair: Pair, device: torch.device) -> Pair:
-    x = pair.x.to(device)
-    return Pair(x, x if pair.y is pair.x else pair.y.to(device))
-
-
-def _described(cfg: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(cfg).items() if name not in _FREE}
 
 
 SaeTrainer = Trainer

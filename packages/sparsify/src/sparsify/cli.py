@@ -6,50 +6,25 @@ Importing this module imports no torch: the heavy half of each command is import
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from sparsify._config import SaeConfig, TrainConfig
-from sparsify._errors import ConfigError, SparsifyError
+from sparsify._errors import ConfigError
+from sparsify._inputs import (
+    Artifacts,
+    Exclusion,
+    errors_as_messages,
+    exclusion_of,
+    load_model,
+    load_rows,
+    model_and_rows,
+)
 from sparsify._options import Command, options_from, parse_assignments
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What to train on; the rest of a command line is `SaeConfig` and `TrainConfig`."""
-
-    split: str = "train"
-    """Dataset split."""
-    ctx_len: int = 2048
-    """Tokens per row."""
-    hf_token: str | None = None
-    """Hub token; never written anywhere."""
-    revision: str | None = None
-    """Model revision."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the model: auto is bf16 on a GPU that has it, elsewhere as it was saved."""
-    load_in_8bit: bool = False
-    """Load the model in 8 bits, by bitsandbytes."""
-    max_examples: int | None = None
-    """At most this many rows; required for streamed datasets."""
-    text_column: str = "text"
-    """The dataset's column of text."""
-    shuffle_seed: int = 42
-    """Seed with which rows are shuffled."""
-    data_preprocessing_num_proc: int = 1
-    """Processes that tokenize."""
-    data_args: str = ""
-    """Arguments for load_dataset, as "name=value,name=value"."""
-    exclude_special: bool = False
-    """Add the tokenizer's special ids (bos, eos, ...) to exclude_tokens."""
-    device: str | None = None
-    """cpu, cuda:0, mps ...; by default the best there is."""
 
 
 @click.group(help="Train and use sparse autoencoders and transcoders.")
@@ -77,11 +52,11 @@ def train(model: str, dataset: str, resume: bool, cache: str | None, as_json: bo
         artifacts = Artifacts(**{name: options.pop(name) for name in own}, precision=options["precision"])
         coder = SaeConfig(**{f.name: options.pop(f.name) for f in fields(SaeConfig)})
         cfg = TrainConfig(sae=coder, **options)
-        arguments = parse_assignments(artifacts.data_args)
+        parse_assignments(artifacts.data_args)  # refused before anything is loaded
         if cache is not None:
             averages, folder = _train_from_cache(cache, cfg, artifacts, resume)
         else:
-            averages, folder = _train(model, dataset, cfg, artifacts, arguments, resume)
+            averages, folder = _train(model, dataset, cfg, artifacts, resume)
     if averages is None:
         return
     if as_json:
@@ -98,7 +73,7 @@ def train(model: str, dataset: str, resume: bool, cache: str | None, as_json: bo
 
 
 def _train(
-    model: str, dataset: str, cfg: TrainConfig, artifacts: Artifacts, arguments: dict[str, Any], resume: bool
+    model: str, dataset: str, cfg: TrainConfig, artifacts: Artifacts, resume: bool
 ) -> tuple[dict[str, float] | None, str]:
     from sparsify import _load, _parallel
     from sparsify._trainer import Trainer
@@ -109,29 +84,9 @@ def _train(
         if artifacts.exclude_special:
             ids = _load.special_ids(model, artifacts.revision, artifacts.hf_token)
             cfg = replace(cfg, exclude_tokens=(*cfg.exclude_tokens, *ids))
-        loaded = _load.load_model(
-            model,
-            head=cfg.loss_fn != "fvu",
-            revision=artifacts.revision,
-            token=artifacts.hf_token,
-            eight_bit=artifacts.load_in_8bit,
-            device=device,
-            precision=artifacts.precision,
-        )
+        loaded = load_model(model, artifacts, head=cfg.loss_fn != "fvu", device=device)
         with _parallel.first_alone():  # the others find the tokenized dataset in the cache
-            rows = _load.load_rows(
-                dataset,
-                model,
-                split=artifacts.split,
-                ctx_len=artifacts.ctx_len,
-                max_examples=artifacts.max_examples,
-                text_column=artifacts.text_column,
-                shuffle_seed=artifacts.shuffle_seed,
-                num_proc=artifacts.data_preprocessing_num_proc,
-                arguments=arguments,
-                revision=artifacts.revision,
-                token=artifacts.hf_token,
-            )
+            rows = load_rows(model, dataset, artifacts)
         recipe = {"model": model, "dataset": dataset}
         recipe |= {
             f.name: getattr(artifacts, f.name) for f in fields(Artifacts) if f.name not in ("hf_token", "device")
@@ -185,6 +140,8 @@ def _train_from_cache(
 @click.argument("dataset")
 @click.argument("coders", type=click.Path(exists=True, file_okay=False))
 @options_from(Artifacts, skip=("load_in_8bit",))
+@options_from(Exclusion)
+@click.option("--all_tokens", is_flag=True, help="Judge every token, also those that training left out.")
 @click.option("--batch_size", default=8, help="Rows per batch.")
 @click.option("--max_batches", type=int, help="Stop after this many batches.")
 @click.option("--out", type=click.Path(), help="Where to write the result; CODERS/eval.json by default.")
@@ -197,9 +154,14 @@ def evaluate_command(
     max_batches: int | None,
     out: str | None,
     as_json: bool,
+    all_tokens: bool,
     **options: Any,
 ) -> None:
-    """Judge the coders in the folder CODERS by reconstruction, and by CE and KL when grafted into MODEL."""
+    """Judge the coders in the folder CODERS by reconstruction, and by CE and KL when grafted into MODEL.
+
+    The tokens that their training left out, as CODERS/config.json says, are left out here too: give others, or
+    --all_tokens.
+    """
     with errors_as_messages():
         from rich.console import Console
 
@@ -209,13 +171,14 @@ def evaluate_command(
         from sparsify._plots import plot_evaluation
         from sparsify._progress import stages
 
+        given = Exclusion(**{f.name: options.pop(f.name) for f in fields(Exclusion)})
         artifacts = Artifacts(**options)
-        loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
+        left_out = _left_out(coders, model, given, artifacts, all_tokens)
+        loaded, rows = model_and_rows(model, dataset, artifacts, head=True)
         found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
-        exclude = _load.special_ids(model, artifacts.revision, artifacts.hf_token) if artifacts.exclude_special else ()
         with stages() as progress:
             shared = {"batch_size": batch_size, "max_batches": max_batches, "progress": progress}
-            result = evaluate(loaded, found, rows, exclude=exclude, **shared)
+            result = evaluate(loaded, found, rows, **left_out, **shared)
         target = Path(out or f"{coders}/eval.json")
         result.save(target)
         plot_evaluation(result, target.with_suffix(".svg"))
@@ -224,6 +187,28 @@ def evaluate_command(
         else:
             Console().print(result.table())
             click.echo(f"{target} and {target.with_suffix('.svg')}", err=True)
+
+
+def _left_out(coders: str, model: str, given: Exclusion, artifacts: Artifacts, all_tokens: bool) -> dict[str, Any]:
+    """The tokens that `evaluate` leaves out: those given, else those of training, of which a line tells."""
+    from sparsify import _load
+
+    ids, ratio = given.exclude_tokens, given.max_norm_ratio
+    if all_tokens and (ids or ratio or artifacts.exclude_special):
+        raise ConfigError("--all_tokens leaves nothing out: give either it, or what to leave out")
+    if artifacts.exclude_special:
+        ids = (*ids, *_load.special_ids(model, artifacts.revision, artifacts.hf_token))
+    trained = Exclusion() if all_tokens else exclusion_of(coders)
+    told: list[str] = []
+    if not ids and trained.exclude_tokens:
+        ids = trained.exclude_tokens
+        told.append(f"--exclude_tokens {' '.join(map(str, ids))}")
+    if ratio is None and trained.max_norm_ratio:
+        ratio = trained.max_norm_ratio
+        told.append(f"--max_norm_ratio {ratio:g}")
+    if told:
+        click.echo(f"as in training: {' '.join(told)} (--all_tokens judges every token)", err=True)
+    return {"exclude": ids, "max_norm_ratio": ratio or 0.0}
 
 
 @sae.command("dashboard", cls=Command)
@@ -259,7 +244,7 @@ def dashboard_command(
         from sparsify._progress import stages
 
         artifacts = Artifacts(**options)
-        loaded, rows = _model_and_rows(model, dataset, artifacts, head=True)
+        loaded, rows = model_and_rows(model, dataset, artifacts, head=True)
         found = load_many(coders, True, None, _load.pick_device(artifacts.device), True)
         with stages() as progress:
             shared = {"batch_size": batch_size, "max_batches": max_batches, "progress": progress}
@@ -301,7 +286,7 @@ def cache_command(
         from sparsify._cache import build_cache
         from sparsify._progress import stages
 
-        loaded, rows = _model_and_rows(model, dataset, Artifacts(**options), head=False)
+        loaded, rows = model_and_rows(model, dataset, Artifacts(**options), head=False)
         with stages() as progress:
             cache = build_cache(
                 out,
@@ -369,40 +354,3 @@ def push_command(
         for name, size in done.files.items():
             click.echo(f"{size:>12,} {name}")
         click.echo("nothing was uploaded" if done.commit_url is None else done.commit_url)
-
-
-def _model_and_rows(model: str, dataset: str, artifacts: Artifacts, *, head: bool) -> tuple[Any, Any]:
-    from sparsify import _load
-
-    loaded = _load.load_model(
-        model,
-        head=head,
-        revision=artifacts.revision,
-        token=artifacts.hf_token,
-        eight_bit=False,
-        precision=artifacts.precision,
-        device=_load.pick_device(artifacts.device),
-    )
-    rows = _load.load_rows(
-        dataset,
-        model,
-        split=artifacts.split,
-        ctx_len=artifacts.ctx_len,
-        max_examples=artifacts.max_examples,
-        text_column=artifacts.text_column,
-        shuffle_seed=artifacts.shuffle_seed,
-        num_proc=artifacts.data_preprocessing_num_proc,
-        arguments=parse_assignments(artifacts.data_args),
-        revision=artifacts.revision,
-        token=artifacts.hf_token,
-    )
-    return loaded, rows
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Errors made on purpose become one line and exit status 1; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except SparsifyError as error:
-        raise click.ClickException(str(error)) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,9 +13,13 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsify._errors import DataError
+from sparsify._errors import DataError, check_whole
 
 T = TypeVar("T", Dataset, DatasetDict, IterableDataset)
+
+
+class TooShortError(DataError):
+    """A text that does not fill one row."""
 
 
 def chunk_and_tokenize(
@@ -43,6 +48,7 @@ def chunk_and_tokenize(
     Raises:
         DataError: the column is missing, or the text is too short to fill a single row.
     """
+    check_whole("max_seq_len", max_seq_len, 1)
     length = min(tokenizer.model_max_length, max_seq_len)
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
@@ -70,7 +76,7 @@ def chunk_and_tokenize(
     made: Any = data.map(rows, batched=True, batch_size=2048, remove_columns=names, **workers)
     for split in made.values() if isinstance(made, DatasetDict) else [made]:
         if not len(split):
-            raise DataError(
+            raise TooShortError(
                 f"the text is too short to fill one row of {length} tokens: lower max_seq_len, give more text, "
                 "or keep the short row with return_final_batch=True"
             )
@@ -90,7 +96,8 @@ class MemmapDataset:
     """
 
     def __init__(self, data_path: str | Path, ctx_len: int, max_examples: int | None = None, dtype: Any = np.uint16):
-        flat = np.memmap(data_path, dtype=dtype, mode="r")
+        check_whole("ctx_len", ctx_len, 1)
+        flat = _memory_map(Path(data_path), np.dtype(dtype))
         if len(flat) < ctx_len:
             raise DataError(f"{data_path} holds {len(flat)} tokens, not enough for one row of {ctx_len}")
         self.mmap = flat[: len(flat) // ctx_len * ctx_len].reshape(-1, ctx_len)[:max_examples]
@@ -114,51 +121,80 @@ class MemmapDataset:
         return part
 
 
+def _memory_map(path: Path, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    size = path.stat().st_size
+    if not size or size % dtype.itemsize:
+        raise DataError(
+            f"{path} has {size} bytes, which is no whole number of {8 * dtype.itemsize}-bit token ids: "
+            "it is torn, or no memory map of tokens"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
 class StreamedRows:
     """A stream read forwards as if it had an index: ``num_rows`` of its rows, in its order.
 
     >>> rows = StreamedRows(chunk_and_tokenize(stream, tokenizer), num_rows=10_000)  # doctest: +SKIP
 
-    Going back opens the stream again, so a resumed run skips to its place and reads the same rows.
+    The rows read last are kept, so the same slice can be taken again. Going further back opens the stream anew, so a
+    resumed run skips to its place and reads the same rows.
     """
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], num_rows: int) -> None:
         self.stream, self.num_rows = stream, num_rows
-        self._position, self._read, self._iterator = 0, 0, iter(())
+        self._open()
+
+    def _open(self) -> None:
+        self._iterator, self._start, self._kept = iter(self.stream), 0, list[Mapping[str, Any]]()
 
     def __len__(self) -> int:
         return self.num_rows
 
     def __getitem__(self, index: slice) -> dict[str, Tensor]:
         start, stop, _ = index.indices(self.num_rows)
-        if start < self._position or self._position == 0:
-            self._iterator, self._position, self._read = iter(self.stream), 0, 0
-        for _ in range(start - self._position):
-            self._next()
-        self._position = start
-        rows = [torch.as_tensor(self._next()["input_ids"]) for _ in range(stop - start)]
-        self._position = stop
+        if start < self._start:
+            self._open()
+        if self.available(stop, start) < stop:
+            raise DataError(f"{self.end()}: lower max_examples to that")
+        rows = [torch.as_tensor(row["input_ids"]) for row in self._kept[: stop - start]]
         return {"input_ids": _stacked(rows, start)}
 
-    def _next(self) -> Mapping[str, Any]:
-        for row in self._iterator:
-            self._read += 1
-            return row
-        raise DataError(f"the stream ended after {self._read} of its {self.num_rows} rows: lower max_examples to that")
+    def available(self, stop: int, start: int = 0) -> int:
+        """How many of the first ``stop`` rows there are; those from ``start`` on are read and kept."""
+        stop = min(stop, self.num_rows)
+        if stop <= self._start:
+            return stop
+        self._drop(start)
+        for row in islice(self._iterator, max(0, stop - self._start - len(self._kept))):
+            self._kept.append(row)
+        return min(stop, self._start + len(self._kept))
+
+    def end(self) -> str:
+        """What to say where the stream has ended early."""
+        there = self.available(self.num_rows, self.num_rows)
+        return f"the stream ended after {there} of its {self.num_rows} rows"
+
+    def _drop(self, start: int) -> None:
+        """Forget the rows before ``start``, those not yet read among them."""
+        if start <= self._start:
+            return
+        kept = min(start - self._start, len(self._kept))
+        self._kept, self._start = self._kept[kept:], self._start + kept
+        self._start += sum(1 for _ in islice(self._iterator, start - self._start))
 
 
 def token_rows(dataset: Any, start: int, stop: int) -> Tensor:
-    """Rows start to stop as one (rows, tokens) tensor of ids.
+    """Rows start to stop as one (rows, tokens) tensor of ids, or of whatever shape where they are real numbers.
 
     Takes a Hugging Face dataset, a MemmapDataset, StreamedRows, a (rows, tokens) tensor, or a list of either dicts
     with ``input_ids`` or sequences of ids.
     """
     part = dataset[start:stop]
-    if isinstance(part, Tensor):
-        return part.long()
     rows = part["input_ids"] if isinstance(part, Mapping) else part
     if isinstance(rows, Tensor):
-        return rows.long()
+        return _numbers(rows)
     return _stacked([torch.as_tensor(row["input_ids"] if isinstance(row, Mapping) else row) for row in rows], start)
 
 
@@ -169,7 +205,11 @@ def _stacked(rows: Sequence[Tensor], start: int) -> Tensor:
             f"rows {start} to {start + len(rows)} have {sorted(lengths)} tokens; all rows must be equally long: "
             "use chunk_and_tokenize, and not return_final_batch"
         )
-    return torch.stack(list(rows)).long()
+    return _numbers(torch.stack(list(rows)))
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    return rows if rows.is_floating_point() else rows.long()
 
 
 def documents(path: Path) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from sparsify._coder import SparseCoder
 
 
+class Batch(NamedTuple):
+    """The batch that a chunk of tokens belongs to; chunks of it may be with other processes."""
+
+    variance: Tensor
+    """Σ‖y − ȳ‖² over the whole batch."""
+    tokens: float | Tensor
+    """Tokens in the whole batch."""
+    total: Callable[[Tensor], Tensor]
+    """From a sum over this chunk's tokens to the sum over the whole batch's, without its gradient."""
+
+
 class Activation:
     """An activation with the defaults of TopK's kind: chosen products, rectified, and no loss of their own.
 
@@ -21,6 +33,10 @@ class Activation:
     True
     """
 
+    counts_batch = False
+    """Whether the loss asks `Batch.total` for the number of active latents of the whole batch."""
+    cuttable = True
+    """Whether a chunk of a batch has the code that it has within the batch."""
     scale_free = True
     """Whether the choice stays the same when all products are multiplied by one positive number."""
 
@@ -36,9 +52,12 @@ class Activation:
         return products.relu()
 
     def loss(
-        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, variance: Tensor
+        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, batch: Batch
     ) -> Tensor | None:
-        """A sparsity loss of the batch, where nothing else bounds the number of active latents."""
+        """A chunk's share of a sparsity loss of the batch, where nothing else bounds the number of active latents.
+
+        Shares, and their gradients, add up to the loss of the batch in one piece.
+        """
         return None
 
     def initialise(self, coder: SparseCoder, x: Tensor) -> None:

@@ -22,6 +22,8 @@ RATE = 0.01
 class BatchTopK(Activation):
     """The budget is the batch's, not the token's."""
 
+    cuttable = False
+
     def add_parameters(self, coder: SparseCoder, made: dict[str, Any]) -> None:
         """−1: not yet learned. In fp32 whatever the coder's dtype, because it is a running mean."""
         coder.register_buffer("threshold", torch.tensor(-1.0, device=made["device"]))

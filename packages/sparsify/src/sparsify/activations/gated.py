@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify._select import Above, Rule
 from sparsify._sparse import Routes, decode
-from sparsify.activations._base import Activation, per_entry
+from sparsify.activations._base import Activation, Batch, per_entry
 
 if TYPE_CHECKING:
     from sparsify._coder import SparseCoder
@@ -41,14 +41,14 @@ class Gated(Activation):
         return routes.masked((scale * shared + shift).relu())
 
     def loss(
-        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, variance: Tensor
+        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, batch: Batch
     ) -> Tensor:
         """L1 of the gate, relative to √k standard deviations of a token, plus the gate's own FVU."""
-        gate, decoder, tokens = products.relu(), coder.decoder_rows().detach(), max(products.shape[0], 1)
+        gate, decoder = products.relu(), coder.decoder_rows().detach()
         guess = decode(gate, routes, decoder) + coder.b_dec.detach()
-        scale = (variance / tokens).sqrt()
-        l1 = (gate * per_entry(decoder.norm(dim=1), routes)).sum() / (tokens * scale * k**0.5)
-        return l1 + (target - guess).square().sum() / variance
+        scale = (batch.variance / batch.tokens).sqrt()
+        l1 = (gate * per_entry(decoder.norm(dim=1), routes)).sum() / (batch.tokens * scale * k**0.5)
+        return l1 + (target - guess).square().sum() / batch.variance
 
 
 ACTIVATION = Gated()

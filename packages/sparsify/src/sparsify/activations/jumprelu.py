@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsify._select import Above, Rule
 from sparsify._sparse import Routes, products_of
-from sparsify.activations._base import Activation, per_entry
+from sparsify.activations._base import Activation, Batch, per_entry
 
 if TYPE_CHECKING:
     from sparsify._coder import SparseCoder
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class JumpReLU(Activation):
     """All above a threshold per latent, learned by straight-through gradients."""
 
+    counts_batch = True
     scale_free = False
 
     def add_parameters(self, coder: SparseCoder, made: dict[str, Any]) -> None:
@@ -41,11 +42,13 @@ class JumpReLU(Activation):
         return routes.masked(jump_relu(products, per_entry(coder.threshold, routes), coder.bandwidth))
 
     def loss(
-        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, variance: Tensor
+        self, coder: SparseCoder, products: Tensor, routes: Routes, k: int, target: Tensor, batch: Batch
     ) -> Tensor:
-        """(L0 / k − 1)²."""
-        steps = routes.masked(step(products, per_entry(coder.threshold, routes), coder.bandwidth))
-        return (steps.sum() / (max(products.shape[0], 1) * k) - 1).square()
+        """(L0 / k − 1)² of the batch: with r = L0 / k − 1 = Σ_c q_c, chunk c gives r q_c with gradient 2 r ∇q_c."""
+        steps = routes.masked(step(products, per_entry(coder.threshold, routes), coder.bandwidth)).sum()
+        excess = batch.total(steps.detach()) / (batch.tokens * k) - 1
+        share = steps / (batch.tokens * k) - products.shape[0] / batch.tokens
+        return excess * (2 * share - share.detach())
 
     def initialise(self, coder: SparseCoder, x: Tensor) -> None:
         """Thresholds start where 4k latents fire."""

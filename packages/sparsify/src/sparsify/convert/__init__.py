@@ -6,7 +6,7 @@
 ('saelens', 'jumprelu')
 >>> convert.save({"layers.12": found.coder}, "out", "dictionary_learning")  # doctest: +SKIP
 
-Add a layout by writing one module with `matches`, `load` and `save` and naming it in `_LAYOUTS`.
+Add a layout by writing one module with `matches`, `load`, `plan` and `save` and naming it in `_LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsify._coder import SparseCoder
 from sparsify._errors import FormatError, check_choice
 from sparsify.convert import _circuit_tracer, _dictionary_learning, _foreign, _saelens, _sparsify
 
-__all__ = ["LAYOUTS", "Imported", "load", "save"]
+__all__ = ["LAYOUTS", "Imported", "load", "refusal", "save"]
 
 _LAYOUTS: dict[str, Any] = {
     "sparsify": _sparsify,
@@ -75,6 +75,21 @@ def load(
     if seen is None:
         raise FormatError(_foreign.why_not(path, allow_pickle))
     return Imported(seen, _LAYOUTS[seen].load(path, options))
+
+
+def refusal(coders: Mapping[str, SparseCoder], layout: str, *, metadata: Mapping[str, Any] | None = None) -> str | None:
+    """Why `save` would refuse these coders; None where it would write them.
+
+    >>> from sparsify import SaeConfig
+    >>> refusal({"layers.0": SparseCoder(4, SaeConfig("groupmax", k=2))}, "saelens")
+    'layers.0 cannot be written in the saelens layout: no other library has the groupmax activation'
+    """
+    check_choice("layout", layout, LAYOUTS)
+    try:
+        _LAYOUTS[layout].plan(dict(coders), dict(metadata or {}), False)
+    except FormatError as error:
+        return str(error)
+    return None
 
 
 def save(

@@ -20,6 +20,7 @@ from sparsify._coder import SparseCoder
 from sparsify._config import SaeConfig
 from sparsify._errors import FormatError
 from sparsify._files import read_tensors
+from sparsify._hooks import hook_of
 from sparsify.convert._foreign import Options, make, refuse
 
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
@@ -65,9 +66,11 @@ def load(path: Path, options: Options) -> dict[str, SparseCoder]:
     return coders
 
 
-def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any], allow_inexact: bool) -> None:
-    """All layers, from 0 without a gap, numbered by the last number in each hookpoint's name."""
-    layers = {_layer(name): name for name in coders}
+def plan(
+    coders: dict[str, SparseCoder], metadata: dict[str, Any], allow_inexact: bool
+) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
+    """What `save` would write: tensors by layer, and the configuration."""
+    layers = {_layer(hook_of(name)): name for name in coders}
     if sorted(layers) != list(range(len(coders))):
         raise FormatError(
             f"circuit-tracer wants one transcoder for every layer from 0, found layers {sorted(layers)} "
@@ -85,12 +88,18 @@ def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any],
         if len(topk) > 1 or any(coder.cfg.activation != "topk" for coder in coders.values()):
             raise FormatError("circuit-tracer's config.yaml has one activation and one k for all layers")
         values |= {"activation": "topk", "k": topk.pop()}
+    return contents, values
+
+
+def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any], allow_inexact: bool) -> None:
+    """All layers, from 0 without a gap, numbered by the last number in each hookpoint's name."""
+    contents, values = plan(coders, metadata, allow_inexact)
     folder.mkdir(parents=True, exist_ok=True)
     for layer, tensors in contents.items():
         temporary = folder / f".layer_{layer}.tmp"
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
         os.replace(temporary, folder / f"layer_{layer}.safetensors")
-    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _contents(name: str, coder: SparseCoder, allow_inexact: bool) -> dict[str, Tensor]:

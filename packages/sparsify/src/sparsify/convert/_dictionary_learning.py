@@ -13,7 +13,7 @@ from sparsify._coder import SparseCoder
 from sparsify._config import SaeConfig
 from sparsify._errors import FormatError, check_choice
 from sparsify._files import safe_name, write_json
-from sparsify.convert._foreign import Options, make, read_json, read_pickle, refuse, unit_rows
+from sparsify.convert._foreign import Options, folders_with, make, read_json, read_pickle, refuse, unit_rows
 
 FILE = "ae.pt"
 _BY_NAMES = {
@@ -29,9 +29,9 @@ CLASSES = (*_BY_NAMES, "AutoEncoderTopK", "BatchTopKSAE")
 
 
 def matches(path: Path, options: Options) -> bool:
-    """A folder with ae.pt, or a torch file with one of the classes' names in it."""
+    """A folder with ae.pt, or of such folders, or a torch file with one of the classes' names in it."""
     if path.is_dir():
-        return (path / FILE).exists()
+        return bool(folders_with(path, FILE))
     if path.suffix not in (".pt", ".pth"):
         return False
     names = set(_state(read_pickle(path, options.allow_pickle)))
@@ -39,8 +39,13 @@ def matches(path: Path, options: Options) -> bool:
 
 
 def load(path: Path, options: Options) -> dict[str, SparseCoder]:
-    """One coder."""
-    file = path / FILE if path.is_dir() else path
+    """One coder or many."""
+    if not path.is_dir():
+        return {path.stem: _load_one(path, options)}
+    return {name: _load_one(home / FILE, options) for name, home in folders_with(path, FILE).items()}
+
+
+def _load_one(file: Path, options: Options) -> SparseCoder:
     raw = read_pickle(file, options.allow_pickle)
     t = {name: value for name, value in _state(raw).items() if isinstance(value, Tensor)}
     kind = _class_of(file, set(t), options)
@@ -70,15 +75,19 @@ def load(path: Path, options: Options) -> dict[str, SparseCoder]:
         normalize_decoder=unit_rows(tensors["W_dec"]),
         matryoshka=groups,
     )
-    name = path.name if path.is_dir() else path.stem
-    return {name: make(cfg, tensors, str(file))}
+    return make(cfg, tensors, str(file))
+
+
+def plan(coders: dict[str, SparseCoder], metadata: dict[str, Any], allow_inexact: bool) -> dict[str, Any]:
+    """What `save` would write, by hookpoint."""
+    del metadata, allow_inexact
+    return {name: _contents(name, coder) for name, coder in coders.items()}
 
 
 def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any], allow_inexact: bool) -> None:
     """``{hookpoint}/ae.pt`` and ``config.json``; the pickle is what dictionary_learning itself reads."""
-    del allow_inexact
-    for name, coder in coders.items():
-        kind, tensors = _contents(name, coder)
+    for name, (kind, tensors) in plan(coders, metadata, allow_inexact).items():
+        coder = coders[name]
         home = folder / safe_name(name)
         home.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, home / "ae.tmp")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from natsort import natsorted
 from torch import Tensor
 
 from sparsify._coder import SparseCoder
@@ -46,6 +47,14 @@ def make(cfg: SaeConfig, tensors: dict[str, Tensor], source: str, *, bandwidth: 
     assert latents == coder.num_latents
     coder.load_state_dict(tensors)
     return coder.eval()
+
+
+def folders_with(path: Path, file: str) -> dict[str, Path]:
+    """The folders that hold a file, by name: ``path`` itself by its own, or those within it, naturally sorted."""
+    if (path / file).is_file():
+        return {path.resolve().name: path}
+    found = {p.parent.relative_to(path).as_posix(): p.parent for p in path.rglob(file)}
+    return {name: found[name] for name in natsorted(found)}
 
 
 def read_pickle(path: Path, allowed: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sparsify._coder import SparseCoder
 from sparsify._config import Activation, SaeConfig
 from sparsify._errors import FormatError
 from sparsify._files import read_tensors, safe_name, write_json
-from sparsify.convert._foreign import Options, make, read_json, refuse, unit_rows
+from sparsify.convert._foreign import Options, folders_with, make, read_json, refuse, unit_rows
 
 FILE = "sae_weights.safetensors"
 VERSION = "6.54.12"
@@ -35,14 +35,18 @@ _KINDS: dict[str, tuple[Activation, bool]] = {
 
 
 def matches(path: Path, options: Options) -> bool:
-    """A folder with sae_weights.safetensors."""
+    """A folder with sae_weights.safetensors, or of such folders."""
     del options
-    return path.is_dir() and (path / FILE).exists()
+    return path.is_dir() and bool(folders_with(path, FILE))
 
 
 def load(path: Path, options: Options) -> dict[str, SparseCoder]:
-    """One coder, any of the architectures a SparseCoder can compute."""
+    """One coder or many, of any of the architectures a SparseCoder can compute."""
     del options
+    return {name: _load_one(home) for name, home in folders_with(path, FILE).items()}
+
+
+def _load_one(path: Path) -> SparseCoder:
     values, t = read_json(path / "cfg.json"), read_tensors(path / FILE)
     kind = values.get("architecture")
     if kind not in _KINDS:
@@ -81,14 +85,18 @@ def load(path: Path, options: Options) -> dict[str, SparseCoder]:
         transcode=transcode,
         skip_connection="W_skip" in t,
     )
-    return {path.name: make(cfg, tensors, str(path))}
+    return make(cfg, tensors, str(path))
+
+
+def plan(coders: dict[str, SparseCoder], metadata: dict[str, Any], allow_inexact: bool) -> dict[str, Any]:
+    """What `save` would write, by hookpoint."""
+    del metadata, allow_inexact
+    return {name: _contents(name, coder) for name, coder in coders.items()}
 
 
 def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any], allow_inexact: bool) -> None:
     """A folder per hookpoint."""
-    del allow_inexact
-    for name, coder in coders.items():
-        tensors, values = _contents(name, coder)
+    for name, (tensors, values) in plan(coders, metadata, allow_inexact).items():
         values["metadata"] = {"sae_lens_version": VERSION, "hook_name": name, **metadata}
         home = folder / safe_name(name)
         home.mkdir(parents=True, exist_ok=True)

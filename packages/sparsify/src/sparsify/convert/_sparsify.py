@@ -6,22 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from sparsify._coder import SparseCoder
-from sparsify._files import CONFIG, WEIGHTS, load_coder, load_many, safe_name, save_coder
-from sparsify.convert._foreign import Options
+from sparsify._files import WEIGHTS, load_many, safe_name, save_coder
+from sparsify.convert._foreign import Options, folders_with
 
 
 def matches(path: Path, options: Options) -> bool:
     """A folder with sae.safetensors, or of such folders."""
     del options
-    return path.is_dir() and ((path / WEIGHTS).exists() or any(path.glob(f"*/{WEIGHTS}")))
+    return path.is_dir() and bool(folders_with(path, WEIGHTS))
 
 
 def load(path: Path, options: Options) -> dict[str, SparseCoder]:
     """One coder or many."""
     del options
-    if (path / CONFIG).exists():
-        return {path.name: load_coder(path)}
     return load_many(str(path), True, None, "cpu", True)
+
+
+def plan(coders: dict[str, SparseCoder], metadata: dict[str, Any], allow_inexact: bool) -> dict[str, SparseCoder]:
+    """Every coder can be written."""
+    del metadata, allow_inexact
+    return coders
+
+
+def read_by_eleutherai(coder: SparseCoder) -> bool:
+    """Whether EleutherAI's own package reads the coder's files and computes the same."""
+    return coder.cfg.activation in ("topk", "groupmax") and coder.d_out == coder.d_in
 
 
 def save(coders: dict[str, SparseCoder], folder: Path, metadata: dict[str, Any], allow_inexact: bool) -> None:
