@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--modules", choices=("all", "linear"), default="all")
     parser.add_argument("--projection-dim", type=int, default=16)
     parser.add_argument("--damping", type=float, default=0.1)
-    parser.add_argument("--normalizer", default="", choices=("", "adam", "adafactor", "shampoo"))
+    parser.add_argument("--normalizer", default="", choices=("", "none", "adam", "adafactor", "shampoo"))
     parser.add_argument("--solver-rows", type=int, default=64)
     parser.add_argument("--solver-steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)

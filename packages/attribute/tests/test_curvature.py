@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,8 +344,44 @@ def test_trackstar_is_its_formula(folders, documents, tmp_path):
     assert [each["proponents"][0]["text"] for each in answer["queries"]] == texts[3:9]  # each query is a training row
     with pytest.raises(RunError, match="finished run"):
         trackstar(tmp_path / "run", config, query)
+    with pytest.raises(AttributionError, match="--top-k must be at least 1"):
+        trackstar(tmp_path / "run", config, query, top_k=0)
     with pytest.raises(AttributionError, match="needs a sketch"):
         trackstar(tmp_path / "other", IndexConfig(projection_dim=0), query)
+
+
+def test_an_interrupted_trackstar_takes_up_nothing_stale(folders, documents, tmp_path, save_model):
+    """What is finished is kept, unless its data or its model has changed since."""
+    texts = [text for text in documents if len(text) > 8][:9]
+    data = tmp_path / "train.jsonl"
+
+    def write(rows):
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+
+    write(texts)
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    config = IndexConfig(model=str(tmp_path / "model"), projection_dim=3, data=DataConfig(dataset=str(data)))
+    run, query = tmp_path / "run", replace(config.data, split="train[:2]")
+    whole = trackstar(run, config, query).scores.block(0, 9)
+    index = (run / "index" / "manifest.json").stat().st_mtime_ns
+    shutil.rmtree(run / "scores")
+    assert np.array_equal(trackstar(run, config, query).scores.block(0, 9), whole)
+    assert (run / "index" / "manifest.json").stat().st_mtime_ns == index
+    shutil.rmtree(run / "scores")
+    write(texts[:5])
+    with pytest.raises(RunError, match="index was begun with other tokens"):
+        trackstar(run, config, query)
+    write([*texts[:8], texts[0]])
+    with pytest.raises(RunError, match="index was begun with other tokens"):
+        trackstar(run, config, query)
+    write(texts)
+    with pytest.raises(RunError, match="index was begun with --projection-dim 3, not 2"):
+        trackstar(run, replace(config, projection_dim=2), query)
+    save_model(tmp_path / "model", "llama", seed=3)
+    with pytest.raises(RunError, match="index was begun with other weights"):
+        trackstar(run, config, query)
+    write(texts[:5])
+    assert trackstar(run, config, query, overwrite=True).index.rows == 5
 
 
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from attribute import AttributionError, DataConfig, DataError, IndexConfig, ModelError, build_index
+from attribute.curvature import fit_hessian
 from attribute.data.rewards import weights_of
+from attribute.progress import Quiet
 from attribute.scoring import ReduceConfig, ScoreConfig, reduce_gradients, score_dataset
 
 REWARDS = [1.0, 0.0, 2.0, 4.0, 0.5, 0.5]
@@ -56,6 +60,53 @@ def test_every_command_weighs_alike(config, tmp_path):
     close(found.scores.block(0, 6)[:, 0], given @ given.sum(0))
 
 
+@pytest.fixture
+def with_gap(config, tmp_path) -> tuple[IndexConfig, IndexConfig]:
+    """The data with a last row that has no reward, weighed; and without that row."""
+    lines = Path(config.data.dataset).read_text()
+    gap = {"prompt": "the sea", "completion": " and a hill", "reward": None, "gain": None}
+    (tmp_path / "gap.jsonl").write_text(lines + json.dumps(gap) + "\n")
+    weighed = replace(config.data, reward_column="reward")
+    other = replace(weighed, dataset=str(tmp_path / "gap.jsonl"), skip_nan_rewards=True)
+    return replace(config, data=other), replace(config, data=weighed)
+
+
+@pytest.mark.parametrize("sketch", [0, 3])
+@pytest.mark.parametrize("unit", [False, True])
+def test_a_row_without_a_reward_is_no_row(unit, sketch, with_gap, tmp_path):
+    """Not in a mean, nor in a fit; one whose advantage is 0 is a row, but has no direction."""
+    stores = [
+        reduce_gradients(tmp_path / f"{n}", ReduceConfig("mean", unit), replace(each, projection_dim=sketch))
+        for n, each in enumerate(with_gap)
+    ]
+    assert [store.data(0)["rows"] for store in stores] == [4, 4] if unit else [6, 6]
+    assert np.array_equal(*(store.block(0, 1) for store in stores))
+    given = rows(replace(with_gap[1], projection_dim=sketch), tmp_path / "rows")
+    if unit:  # of the four with an advantage
+        given = given[:4] / np.linalg.norm(given[:4], axis=1, keepdims=True)
+    close(stores[0].block(0, 1), given.mean(0)[None])
+
+
+def test_a_fisher_counts_no_row_without_a_reward_and_says_that_it_knows_none(with_gap, config, tmp_path):
+    notes = list[str]()
+
+    class Notes(Quiet):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    found = [
+        fit_hessian(tmp_path / f"{n}", each, "kfac", progress=Notes()) for n, each in enumerate((*with_gap, config))
+    ]
+    assert [each.rows for each in found] == [6, 6, 6]
+    for name, module in found[0].modules.items():
+        for other in found[1:]:  # rewards or none: the labels are the model's
+            torch.testing.assert_close(module.eigenvalues, other.modules[name].eigenvalues)
+    assert sum("knows no rewards" in note for note in notes) == 2
+    notes.clear()
+    fit_hessian(tmp_path / "own", with_gap[0], "kfac", labels="dataset", progress=Notes())
+    assert not any("knows no rewards" in note for note in notes)
+
+
 def test_rewards_that_are_no_numbers_are_refused():
     grpo = DataConfig(prompt_column="p", completion_column="c", reward_column="r")
     with pytest.raises(DataError, match=r"row 1: r is NaN \(--skip-nan-rewards"):
@@ -73,7 +124,7 @@ def test_rewards_that_are_no_numbers_are_refused():
     kept = weights_of(
         [{"p": "a", "r": 1}, {"p": "a", "r": None}, {"p": "a", "r": 3}], replace(grpo, skip_nan_rewards=True)
     )
-    assert kept.tolist() == [-1, 0, 1]
+    assert kept.tolist() == [-1, pytest.approx(np.nan, nan_ok=True), 1]
     talk = DataConfig(conversation_column="m", reward_column="r")
     turns = [{"m": ["question", answer], "r": reward} for answer, reward in (("a", 1.0), ("b", 3.0))]
     assert weights_of(turns, talk).tolist() == [-1, 1]

@@ -55,6 +55,25 @@ def test_the_gradients_are_those_of_the_quantised_weights(folder, precision):
     assert (near > 0.99).all()
 
 
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+def test_inputs_with_outliers_have_gradients_in_int8(folder, tmp_path):
+    """LLM.int8 sets entries of 6 and more to zero in the input that three projections share, and puts them back."""
+    import transformers as hf
+
+    whole = hf.LlamaForCausalLM.from_pretrained(folder)
+    whole.model.layers[0].input_layernorm.weight.data[:3] = 20.0
+    whole.save_pretrained(tmp_path / "outliers")
+    model, exact = (load_model(str(tmp_path / "outliers"), precision=each, device="cpu") for each in ("int8", "fp32"))
+    config = IndexConfig(projection_dim=0)
+    plan, reference = model.plan(config), exact.plan(config)
+    for each in reference.modules:
+        weight = exact.module(each.path).get_parameter("weight")
+        weight.data.copy_(rounded(weight.data, "int8"))
+    found, expected = gradients(model, plan), gradients(exact, reference)
+    assert (torch.nn.functional.cosine_similarity(found, expected) > 0.98).all()
+
+
 def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
     """What is left of a weight: 127 steps of its row's largest, or the nearest of NF4's sixteen numbers in a block."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit

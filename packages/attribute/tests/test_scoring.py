@@ -282,13 +282,14 @@ def test_bad_input_is_refused(world, tmp_path, folders):
         ScoreConfig(query, tokens="gradient", unit_normalize=True)
     with pytest.raises(RunError, match="made from another model"):
         scored(tmp_path, replace(config, model=str(folders["llama"])), query_path=query)
-    with pytest.raises(RunError, match="the queries decide"):
-        scored(tmp_path, replace(config, projection_dim=7), query_path=query)
     with pytest.raises(AttributionError, match="spectral basis belongs"):
         reduce_gradients(tmp_path / "x", ReduceConfig(), replace(asked, projection_dim=None, sketch_kind="spectral"))
     with pytest.raises(RunError, match="trace reduce or trace build makes queries"):
         scored(tmp_path, config, query_path=str(tmp_path / "nowhere"))
     build_index(tmp_path / "sketched", replace(asked, projection_dim=3))
+    for side in (0, 7):
+        with pytest.raises(RunError, match="the queries decide"):
+            scored(tmp_path, replace(config, projection_dim=side), query_path=str(tmp_path / "sketched"))
     with pytest.raises(AttributionError, match="whole gradients"):
         scored(tmp_path, config, query_path=str(tmp_path / "sketched"), query_rank=2)
     with pytest.raises(AttributionError, match="method must be one of mean, sum"):

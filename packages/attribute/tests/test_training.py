@@ -210,8 +210,33 @@ def test_only_adapters_are_captured_of_a_model_with_lora(make_model, data, tmp_p
     wrapped.eval()
     logits = wrapped(input_ids=row[0]).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits[0], row[1][0, 1:], ignore_index=-100, reduction="sum").backward()
+    inner = wrapped.base_model.model.model
     for name in store.columns:
-        close(store.block(4, 5, [name]).ravel(), wrapped.get_submodule(name).weight.grad.numpy().ravel())
+        close(store.block(4, 5, [name]).ravel(), inner.get_submodule(name).weight.grad.numpy().ravel())
+    for part in (wrapped, wrapped.base_model, wrapped.base_model.model, inner):
+        with Attributor(store, unit_norm=True).trace(part, 1) as result:
+            wrapped(input_ids=row[0], labels=row[1]).loss.backward()
+        assert result.proponents(0)[0].record["name"] == "row 4"
+        assert result.proponents(0)[0].score == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("normalizer", [None, "adam"])
+def test_a_trained_output_embedding_beside_adapters_is_captured_and_asked(normalizer, make_model, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = without_dropout(make_model("llama"))
+    torch.manual_seed(1)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    callback = GradientCollectorCallback(tmp_path / "run", projection_dim=0, normalizer=normalizer)
+    trainer_of(wrapped, data, tmp_path / "out", callback=callback, learning_rate=0.0).train()
+    store = GradientStore.open(tmp_path / "run" / "train" / "epoch_0")
+    assert list(store.columns)[-1] == "lm_head.modules_to_save.default"
+    assert store.block(0, 11, ["lm_head.modules_to_save.default"]).any(axis=1).all()
+    ids, labels = (torch.tensor([data[4][name]]) for name in ("input_ids", "labels"))
+    with Attributor(store, unit_norm=True).trace(wrapped.base_model, 1) as result:
+        wrapped(input_ids=ids, labels=labels).loss.backward()
+    assert normalizer or result.proponents(0)[0].record["name"] == "row 4"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

@@ -132,7 +132,7 @@ def test_adapters_with_their_base_as_the_reference(make_model, tokenizer, tmp_pa
     store = epoch_of(tmp_path)
     assert len(store.columns) == 8
     assert all("lora_" in name for name in store.columns)
-    require_sums(store, gradients, trainer.model)
+    require_sums(store, gradients, trainer.model.base_model.model.model)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "weights"])

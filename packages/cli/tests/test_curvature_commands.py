@@ -82,7 +82,8 @@ def test_an_optimiser_steers_the_methods_that_move_as_it_does(trace, both, model
         parameter.grad = torch.rand_like(parameter)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "trained" / "optimizer.pt")
-    words = [*both, "--data.truncation", "--query.truncation", "--solver-rows", 2, "--solver-steps", 2, "--json"]
+    words = [*both, "--data.truncation", "--query.truncation", "--json"]
+    solver = ["--solver-rows", 2, "--solver-steps", 2]
     state = ["--optimizer-state-path", tmp_path / "trained"]
 
     def scores(number, name, *more):
@@ -91,16 +92,16 @@ def test_an_optimiser_steers_the_methods_that_move_as_it_does(trace, both, model
         found = told.json["queries"][0]
         return [each["score"] for each in found["proponents"]]
 
-    worked_out = scores(0, "adam-cg", "--horizon", 0.03, "--train-batch-size", 2)
-    given = scores(1, "adam-cg", *state, "--horizon", 0.03)
+    worked_out = scores(0, "adam-cg", *solver, "--horizon", 0.03, "--train-batch-size", 2)
+    given = scores(1, "adam-cg", *solver, *state, "--horizon", 0.03)
     assert worked_out != pytest.approx(given)
     checkpoints = [
         scores(2 + n, "less", "--checkpoint", f"{m}=1.0") for n, m in enumerate([models["neox"], tmp_path / "trained"])
     ]
     assert checkpoints[0] != pytest.approx(checkpoints[1])
-    refused = trace("method", "adam-cg", tmp_path / "x", *words, *state)
+    refused = trace("method", "adam-cg", tmp_path / "x", *words, *solver, *state)
     assert (refused.code, "--horizon" in refused.err) == (1, True)
     # Two steps at .01 and .02: the trainer logged them.
     log = [{"step": 1, "learning_rate": 0.01}, {"step": 2, "learning_rate": 0.02}, {"step": 2, "eval_loss": 1.0}]
     (tmp_path / "trained" / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": log}))
-    assert scores(9, "adam-cg", *state) == pytest.approx(given)
+    assert scores(9, "adam-cg", *solver, *state) == pytest.approx(given)

@@ -6,17 +6,20 @@ import io
 import json
 import shlex
 
+import click
 import pytest
 
-from trace_cli._refused import REASONS
+from trace_cli._refused import REASONS, REASONS_OF
+from trace_cli.main import cli
 
 MODEL, DATA = "EleutherAI/pythia-14m", "NeelNanda/pile-10k"
-# In this order, since some read what others wrote; < > as the seeds have them.
+MAKES = f"build runs/my-index --model {MODEL} --dataset {DATA} --truncation"  # what other lines read
+# < > as the seeds have them.
 LINES = [
     f"build runs/quickstart --model {MODEL} --dataset {DATA} --truncation --token_batch_size 4096",
     "build <output_path> --model <model_name> --dataset <dataset_name>",
     "<output_path> --model <model_name> --dataset <dataset_name>",
-    f"build runs/my-index --model {MODEL} --dataset {DATA} --truncation",
+    MAKES,
     "query --index runs/my-index",
     "query --index <index_path> --model <model_name> --unit_norm",
     "reduce <output_path> --model <model_name> --dataset <dataset_name> --method mean --unit_normalize",
@@ -47,10 +50,6 @@ def rows(tmp_path, texts):
 def test_the_line_runs(line, trace, models, rows, index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("the old sea\n"))
-    if "runs/my-index" in line and not line.startswith(("build", "reduce")):
-        # Made by the line before it in the seeds; a score's --projection_dim must be its queries'.
-        made = ["--projection_dim", 16] if line.startswith("score") else []
-        assert trace("build", "runs/my-index", "--model", models["neox"], "--dataset", rows, *made).code == 0
     stand_ins = {
         MODEL: models["neox"],
         DATA: rows,
@@ -61,14 +60,61 @@ def test_the_line_runs(line, trace, models, rows, index, tmp_path, monkeypatch):
         "<existing_index_path>": index,
         "<reward_column_name>": "reward",
     }
-    done = trace(*[stand_ins.get(word, word) for word in shlex.split(line)])
-    assert done.code == 0, done.err
-    assert done.out
+    before = [MAKES] if "runs/my-index" in line and not line.startswith(("build", "reduce")) else []
+    for each in (*before, line):
+        done = trace(*[stand_ins.get(word, word) for word in shlex.split(each)])
+        assert done.code == 0, done.err
+        assert done.out
 
 
-@pytest.mark.parametrize("option", sorted(REASONS))
-def test_an_option_that_would_do_nothing_says_why(option, trace, models, rows, tmp_path):
-    done = trace("build", tmp_path / "x", "--model", models["neox"], "--dataset", rows, f"--{option}")
+# The fields of the seeds' IndexConfig, which all these commands take, and what their examples add.
+INDEX_FLAGS = (
+    "model precision revision distributed fsdp peft_init_kwargs model_kwargs tokenizer drop_columns max_tokens "
+    "overwrite use_tf32_matmuls debug projection_dim include_bias reshape_to_square projection_type token_batch_size "
+    "auto_batch_size processor_path optimizer_state_path skip_preconditioners skip_index stats_sample_size loss_fn "
+    "loss_reduction label_smoothing stream_shard_size split_attention_modules attention profile filter_modules "
+    "force_math_sdp attribute_tokens modules"
+)
+FLAGS = {
+    "build": f"{INDEX_FLAGS} unit_normalize aggregation dataset truncation reward_column prompt_column "
+    "completion_column",
+    "reduce": f"{INDEX_FLAGS} unit_normalize aggregation method dataset truncation",
+    "score": f"{INDEX_FLAGS} unit_normalize aggregation query_path score dataset truncation",
+    "hessian": f"{INDEX_FLAGS} method dataset truncation",
+    "preconditioners": f"{INDEX_FLAGS} normalizer dataset truncation",
+    "trackstar": f"{INDEX_FLAGS} data.dataset data.truncation query.dataset query.truncation",
+    "query": "index model text_field unit_norm device_map_auto faiss top_k record",
+}
+SEEDS = [(command, flag.replace("_", "-")) for command, flags in FLAGS.items() for flag in flags.split()]
+OURS = [("method", name) for name in REASONS]  # a command that the seeds do not have
+
+
+def options_of(name: str) -> dict[str, click.Parameter]:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return {option: parameter for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize(("command", "flag"), SEEDS)
+def test_every_flag_of_the_seeds_is_there_or_says_why_not(command, flag):
+    assert f"--{flag}" in options_of(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    sorted({each for each in [*SEEDS, *OURS] if each[1] in {**REASONS, **REASONS_OF.get(each[0], {})}}),
+)
+def test_a_flag_that_would_do_nothing_says_why(command, flag, trace, tmp_path):
+    if not options_of(command)[f"--{flag}"].hidden:
+        return  # the command's own
+    done = trace(command, *([] if command == "query" else [tmp_path / "x"]), f"--{flag}")
     assert done.code == 2
-    assert REASONS[option] in " ".join(done.err.split())
+    reason = {**REASONS, **REASONS_OF.get(command, {})}[flag]
+    assert f"--{flag} would do nothing: {reason}" in " ".join(done.err.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_every_reason_is_of_a_flag_that_the_command_lacks():
+    for command, reasons in REASONS_OF.items():
+        options = options_of(command)
+        assert all(options[f"--{flag}"].hidden for flag in reasons), command

@@ -7,7 +7,7 @@ import torch
 from gradcore_reference import relative
 from torch import Tensor, nn
 
-from gradcore import CapturePlan, GradientCollector, TwoSided, coverage
+from gradcore import CaptureError, CapturePlan, GradientCollector, TwoSided, coverage
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -67,3 +67,50 @@ def test_a_quantised_linear_has_the_gradient_of_the_weight_it_stands_for(sketch)
     torch.testing.assert_close(rows[1], rows[0])
     assert coverage(small, CapturePlan.for_model(small)).share == 1
     assert small[0].weight.dtype == torch.int8
+
+
+class Restoring(Quantised):
+    """As LLM.int8: outliers of the input are zero while the rest is rounded, and are put back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outliers = x.abs() > 1
+        kept = x[outliers].clone()
+        with torch.no_grad():
+            x[outliers] = 0
+            x[outliers] = kept
+        return super().forward(x)
+
+
+class Pair(nn.Module):
+    """Two layers of one input."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.factor = first, second, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        with torch.no_grad():
+            x.mul_(self.factor)
+        return first + self.second(x)
+
+
+def test_an_input_that_a_quantised_layer_restores_is_unchanged():
+    torch.manual_seed(0)
+    linears, x = [nn.Linear(6, 5, bias=False) for _ in range(2)], 2 * torch.randn(3, 2, 6)
+    model = Pair(linears[0], Restoring(linears[1]))  # an adapter beside a quantised layer is whole
+    with GradientCollector(model, CapturePlan.for_model(model)) as collector:
+        model(x.clone()).square().sum().backward()
+    model.factor = 2.0
+    collecting = GradientCollector(model, CapturePlan.for_model(model))
+    with pytest.raises(CaptureError, match="first was changed in place"), collecting:
+        model(x.clone()).square().sum().backward()
+    expected = torch.einsum("nso,nsi->noi", 2 * (linears[0](x) + model.second(x)), x)
+    torch.testing.assert_close(collector.gradients["first"], expected)
+
+
+def test_of_layers_that_are_whole_a_write_is_a_change():
+    model = Pair(nn.Linear(6, 5), nn.Linear(6, 5))
+    collecting = GradientCollector(model, CapturePlan.for_model(model))
+    with pytest.raises(CaptureError, match="first was changed in place"), collecting:
+        model(torch.randn(3, 2, 6)).square().sum().backward()

@@ -54,7 +54,13 @@ def test_products_equal_those_of_the_gradients_written_out(make, shape, monkeypa
         torch.testing.assert_close(mine.sq_norm(), dense.square().sum((1, 2)))
         torch.testing.assert_close(mine.dot(other), torch.einsum("noi,moi->nm", dense, theirs))
         torch.testing.assert_close(mine.dot(theirs), torch.einsum("noi,moi->nm", dense, theirs))
-        torch.testing.assert_close(mine.dot(theirs[:1]), torch.einsum("noi,moi->nm", dense, theirs[:1]))
+        for route in ("", "contracted", "formed"):
+            for some in (theirs, theirs[:1], theirs[:0]):
+                expected = torch.einsum("noi,moi->nm", dense, some)
+                torch.testing.assert_close(mine.dot(some, route=route), expected)
+                dots, squares = mine.dot_and_sq_norm(some, route=route)
+                torch.testing.assert_close(dots, expected)
+                torch.testing.assert_close(squares, dense.square().sum((1, 2)))
     torch.testing.assert_close(mine.sum_over_examples(), dense.sum(0))
     weights = torch.arange(len(mine)).double() - 1
     torch.testing.assert_close(mine.scaled(weights).dense(), dense * weights[:, None, None])
@@ -127,6 +133,11 @@ def test_half_precision_factors_are_multiplied_in_float32(dtype):
     for found in (gradient.sq_norm(), gradient.dot(gradient)[:, 0], gradient.dense().square().sum((1, 2))):
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_route_that_there_is_not_is_refused():
+    with pytest.raises(GradCoreError, match="contracted and formed, not 'ghost'"):
+        pair(2, 3, 4, 5).dot(torch.ones(1, 4, 5), route="ghost")
 
 
 def test_gradients_of_other_shapes_are_refused():

@@ -15,6 +15,7 @@ from gradcore import (
     CapturePlan,
     GradCoreError,
     PlanMismatch,
+    Spectral,
     TwoSided,
     coverage,
     model_fingerprint,
@@ -70,12 +71,23 @@ def test_mismatch_names_field_values_and_remedy(plan, change, message):
 
 
 def test_mismatch_of_modules_shows_the_first_difference(plan):
-    with pytest.raises(PlanMismatch, match=r"this has 4 modules, the other has 2 modules"):
+    with pytest.raises(PlanMismatch, match=r"this: 4 modules; the other: 2 modules"):
         plan.require_equal(plan.restrict("blocks.0.*"))
-    with pytest.raises(PlanMismatch, match=r"query has blocks.0.up \[16, 8\], index has blocks.0.up \[12, 6\]"):
+    with pytest.raises(PlanMismatch, match=r"query: blocks.0.up \[16, 8\]; index: blocks.0.up \[12, 6\]"):
         plan.require_equal(
             CapturePlan.for_model(TinyLM(width=6), MATRICES, sketch=TwoSided(4)), this="query", that="index"
         )
+
+
+def test_a_mismatch_of_sketches_fits_on_a_screen(plan):
+    """A spectral sketch knows every module's floats."""
+    budgets = tuple((f"layers.{n}.mlp.up_proj", 100 + n) for n in range(500))
+    fitted = [replace(plan, sketch=Spectral(digest=each * 64, budgets=budgets)) for each in "ab"]
+    with pytest.raises(
+        PlanMismatch, match=r"digest=aaaaaaaaaaaa, budgets=174,750 in 500 modules.*digest=bbbb"
+    ) as error:
+        fitted[0].require_equal(fitted[1], this="the queries", that="the curvature runs/h")
+    assert len(str(error.value)) < 500
 
 
 def test_empty_plans_and_unknown_reductions_are_refused(plan):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attribute._errors import ModelError
 
@@ -39,10 +39,19 @@ def quantised_options(precision: str, device: torch.device) -> dict[str, Any]:
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Let bitsandbytes not lay 4-bit weights out for a kernel of some CPUs that knows no backward pass.
+    """Have the layers of bitsandbytes leave a backward pass possible, which some of them do not on a CPU.
 
-    It does so at the first forward pass in eval mode, and whatever came before such a layer would have no gradient.
+    In eval mode a 4-bit layer lays its weights out for a kernel that knows no backward pass, and whatever came before
+    it would have no gradient. An 8-bit layer sets the outliers of its input to zero and puts them back, which autograd
+    takes for a change of what it has saved: it gets a copy.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(_copied)
+
+
+def _copied(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    first, *rest = given
+    return (first.clone() if isinstance(first, Tensor) and first.device.type == "cpu" else first, *rest)

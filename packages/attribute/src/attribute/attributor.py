@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribute._adapters import output_modules, transformer_of
 from attribute._device_search import search_on
 from attribute._errors import RunError
 from attribute.methods import method_named
-from attribute.model import output_embedding, pick_device
+from attribute.model import pick_device
 from attribute.spectral import plan_of
 from gradcore import CapturePlan, GradientCollector, model_fingerprint, select_modules
 from gradstore import FaissConfig, FaissIndex, GradientStore, SearchResult
@@ -184,15 +185,15 @@ class Attributor:
         loss that was differentiated: ``model(...).loss`` is a mean over tokens.
 
         Args:
-            module: the base model whose gradients the store holds (``model.base_model``); the whole model where it
-                holds those of the output embedding, too.
+            module: the base model whose gradients the store holds (``model.base_model``), or the whole model, which is
+                needed where the store holds those of the output embedding, too. Of one that PEFT has wrapped, either
+                is the wrapper or what is inside.
             k, modules, reverse: as for :meth:`search`.
 
         Raises:
             RunError: other weights than those the store was made from.
         """
-        base = getattr(module, "base_model", module)
-        outside = output_embedding(module, base)
+        base, outside = transformer_of(module), output_modules(module)
         require_same_weights(self.plan, base, str(self.store.path), outside)
         result = Attribution(self.store, reverse)
         with GradientCollector(base, self.plan, outside=outside) as collector:

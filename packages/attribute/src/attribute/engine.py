@@ -308,6 +308,35 @@ def document_windows(tokens: TokenFile, spans: Iterable[tuple[int, int, int]]) -
     ]
 
 
+class StoreSink:
+    """Gathers a window's rows and hands them to the writer as one shard."""
+
+    def __init__(self, writer: StoreWriter, width: int) -> None:
+        self._writer = writer
+        self._width = width
+        self._window = (0, 0, 0)
+        self._rows = np.empty((0, width), dtype=np.float32)
+        self._losses = self._tokens = np.empty(0)
+
+    def open(self, index: int, start: int, stop: int) -> None:
+        """A new shard, zero until blocks arrive."""
+        self._window = (index, start, stop)
+        self._rows = np.zeros((stop - start, self._width), dtype=np.float32)
+        self._losses = np.zeros(stop - start, dtype=np.float32)
+        self._tokens = np.zeros(stop - start, dtype=np.int32)
+
+    def add(self, block: RowBlock) -> None:
+        """Put the block's rows where they belong."""
+        places = block.rows - self._window[1]
+        self._rows[places] = block.gradients.float().cpu().numpy()
+        self._losses[places] = block.losses.float().cpu().numpy()
+        self._tokens[places] = block.tokens
+
+    def close(self) -> None:
+        """Write the shard."""
+        self._writer.write(self._window[0], self._rows, {"loss": self._losses, "tokens": self._tokens})
+
+
 class MemorySink:
     """Keeps all rows in memory: queries, small sets, tests."""
 

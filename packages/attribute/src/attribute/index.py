@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from attribute._errors import DataError, RunError
@@ -18,7 +17,7 @@ from attribute._shared_writer import shared_writer
 from attribute.config import IndexConfig
 from attribute.data import Row, Source, TokenFile, TokenFileWriter, rows_of, shared_source
 from attribute.data.rewards import weights_of
-from attribute.engine import MatrixSink, RowBlock, document_windows, run_pass
+from attribute.engine import MatrixSink, StoreSink, document_windows, run_pass
 from attribute.model import LanguageModel, load_tokenizer, model_of
 from attribute.normalizing import normalizer_for, save_normalizer
 from attribute.processes import current
@@ -39,6 +38,7 @@ from gradcore import (
     CapturePlan,
     Fidelity,
     Identity,
+    Normalizer,
     Spectral,
     coverage,
     share_floats,
@@ -95,6 +95,7 @@ def collect_gradients(
     tokenizer: Any = None,
     config: IndexConfig | None = None,
     attention_cfgs: Mapping[str, AttentionConfig] | None = None,
+    normalizer: Normalizer | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_begun: Callable[[], None] | None = None,
@@ -115,6 +116,7 @@ def collect_gradients(
         tokenizer: needed unless the data holds ``input_ids``.
         attention_cfgs: pattern of modules → how their heads lie: each head becomes columns of its own,
             ``h.0.attn.c_proj.head_3``.
+        normalizer: that of another run, instead of one from where ``config`` says.
         config: everything else; its model name and dataset name are kept as provenance.
         overwrite: replace a run that exists.
         progress: told of each stage.
@@ -138,7 +140,7 @@ def collect_gradients(
         if overwrite and here.first:
             remove_run(path)
         begun = here.from_first(lambda: is_begun(path))
-        plan, kept = _settled(path, begun, language_model, tokens, plan, config, progress)
+        plan, kept = _settled(path, begun, language_model, tokens, plan, config, normalizer, progress)
 
         @contextmanager
         def begin() -> Iterator[StoreWriter]:
@@ -165,6 +167,7 @@ def _settled(
     tokens: TokenFile,
     plan: CapturePlan,
     config: IndexConfig,
+    normalizer: Normalizer | None,
     progress: Progress,
 ) -> tuple[CapturePlan, Fidelity | None]:
     """The plan able to capture, and what a new run's sketch keeps of exact gradients.
@@ -177,7 +180,7 @@ def _settled(
         return replace(plan, normalizer=saved.normalizer, sketch=saved.sketch), None
     if not current().first and not model.sharded:
         return plan, None
-    plan = replace(plan, normalizer=normalizer_for(model, tokens, plan, config, progress))
+    plan = replace(plan, normalizer=normalizer or normalizer_for(model, tokens, plan, config, progress))
     if isinstance(plan.sketch, Identity):
         return plan, None
     fitted = budgeted(model, tokens, plan, config)
@@ -370,32 +373,3 @@ def _collect(
         deal="windows",
     )
     progress.stop()
-
-
-class StoreSink:
-    """Gathers a window's rows and hands them to the writer as one shard."""
-
-    def __init__(self, writer: StoreWriter, width: int) -> None:
-        self._writer = writer
-        self._width = width
-        self._window = (0, 0, 0)
-        self._rows = np.empty((0, width), dtype=np.float32)
-        self._losses = self._tokens = np.empty(0)
-
-    def open(self, index: int, start: int, stop: int) -> None:
-        """A new shard, zero until blocks arrive."""
-        self._window = (index, start, stop)
-        self._rows = np.zeros((stop - start, self._width), dtype=np.float32)
-        self._losses = np.zeros(stop - start, dtype=np.float32)
-        self._tokens = np.zeros(stop - start, dtype=np.int32)
-
-    def add(self, block: RowBlock) -> None:
-        """Put the block's rows where they belong."""
-        places = block.rows - self._window[1]
-        self._rows[places] = block.gradients.float().cpu().numpy()
-        self._losses[places] = block.losses.float().cpu().numpy()
-        self._tokens[places] = block.tokens
-
-    def close(self) -> None:
-        """Write the shard."""
-        self._writer.write(self._window[0], self._rows, {"loss": self._losses, "tokens": self._tokens})

@@ -22,11 +22,13 @@ class Meeting:
         norms: also sum squared norms, for cosines.
         waits: meet when the batch ends: gradients that a normaliser formed come in blocks of examples. Norms need all
             calls of a module together, so that they wait, too.
+        route: how rows meet matrices, instead of what :func:`gradcore.product_costs` finds cheaper for each module.
     """
 
-    def __init__(self, queries_of: QueriesOf, *, norms: bool = False, waits: bool = False) -> None:
+    def __init__(self, queries_of: QueriesOf, *, norms: bool = False, waits: bool = False, route: str = "") -> None:
         self._queries_of = queries_of
         self._norms = norms
+        self._route = route
         self._waits = norms or waits
         self._held: dict[str, list[ModuleGradient]] = {}
         self._scores: Tensor | None = None
@@ -53,12 +55,12 @@ class Meeting:
         for number, query in enumerate(self._queries_of(name)):
             if self._norms and number == 0:
                 if isinstance(query, Tensor):
-                    dots, squares = gradient.dot_and_sq_norm(query)
+                    dots, squares = gradient.dot_and_sq_norm(query, route=self._route)
                 else:
                     dots, squares = gradient.dot(query), gradient.sq_norm()
                 self._squares = squares if self._squares is None else self._squares + squares
             else:
-                dots = gradient.dot(query)
+                dots = gradient.dot(query, route=self._route)
             found.append(dots)
         scores = torch.cat(found, dim=1)
         if self._scores is not None and len(self._scores) != len(scores):

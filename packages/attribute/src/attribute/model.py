@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from attribute._adapters import (
+    AdapterFolder,
+    has_adapters,
+    output_modules,
+    transformer_of,
+    unwrapped,
+    without_adapters,
+)
 from attribute._errors import ModelError
 from attribute._fsdp import load_spread
 from attribute._one_operation import in_one_operation
+from attribute._probe import is_linear, is_plain, require_finite, require_same_logits
 from attribute._quantised import QUANTISED, keep_gradients, quantised_options
 from attribute.processes import pick_local
 from gradcore import (
@@ -42,7 +51,7 @@ class LanguageModel:
 
     Attributes:
         name: what it was loaded from.
-        model: the whole model, in eval mode.
+        model: the whole model, in eval mode; of one that PEFT has wrapped, the model inside.
         base: everything before the output embedding; module names are relative to it.
         fused: whether the chunked loss head stands in for the model's own. It does where the logits are the head of the
             base's output and nothing else; soft-capped or rescaled logits are taken from the model itself.
@@ -61,17 +70,21 @@ class LanguageModel:
 
     @classmethod
     def wrap(cls, model: nn.Module, name: str = "") -> LanguageModel:
-        """Find base and head of a transformers causal language model.
+        """Find base and head of a transformers causal language model, or of one with PEFT's adapters.
 
         Raises:
-            ModelError: no output embedding, or weights that are not finite.
+            ModelError: no output embedding, weights that are not finite, or adapters that are more than layers of the
+                model (prompt tuning).
         """
-        base = getattr(model, "base_model", None)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if not isinstance(base, nn.Module) or base is model or not isinstance(head, nn.Linear):
+        whole, base = unwrapped(model), transformer_of(model)
+        head = getattr(whole, "get_output_embeddings", lambda: None)()
+        if base is whole or not is_linear(head):
             raise ModelError(f"{name or type(model).__name__} is no causal language model with an output embedding")
-        _require_finite(model, name)
-        return cls(name, model, base, _probe(model, base, head, name))
+        require_finite(whole, name)
+        fused = is_plain(whole, base, head, name)
+        if whole is not model:
+            require_same_logits(model, whole, name)
+        return cls(name, whole, base, fused)
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +94,7 @@ class LanguageModel:
     @cached_property
     def outside(self) -> dict[str, nn.Module]:
         """The output embedding, which lies outside the base, by its name in the whole model."""
-        return output_embedding(self.model, self.base)
+        return output_modules(self.model)
 
     def module(self, path: str) -> nn.Module:
         """A module by the name it has in plans."""
@@ -138,11 +151,19 @@ class LanguageModel:
         logits = self.model(input_ids=input_ids, use_cache=False).logits
         return _logit_losses(logits, labels, reduction, kind)
 
+    def _without_adapters(self) -> AbstractContextManager[None]:
+        if not has_adapters(self.model):
+            raise ModelError(
+                "--loss-fn kl compares with a reference: name --reference-model, or let --model be the folder of an "
+                "adapter, to compare with its base"
+            )
+        return without_adapters(self.model)
+
     def _reference_states(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states and output embedding of what is compared with."""
         other = self.reference or self
         head = other.model.get_output_embeddings()  # type: ignore[operator]
-        with torch.no_grad(), not_collecting(), nullcontext() if self.reference else _without_adapters(self.model):
+        with torch.no_grad(), not_collecting(), nullcontext() if self.reference else self._without_adapters():
             return other.base(input_ids=input_ids, use_cache=False)[0], head.weight, head.bias
 
     def plan(self, config: IndexConfig, attention: Mapping[str, AttentionConfig] | None = None) -> CapturePlan:
@@ -168,41 +189,21 @@ class LanguageModel:
         )
 
 
-def output_embedding(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
-    """The output embedding of a model by its name there, where it lies outside the base."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Module) or any(module is head for module in base.modules()):
-        return {}
-    return {next(name for name, module in model.named_modules() if module is head): head}
-
-
 def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revision: str = "") -> LanguageModel:
-    """Load a causal language model from a folder or the hub.
+    """Load a causal language model from a folder or the hub, or an adapter's folder with its base model.
 
     Raises:
         ModelError: nothing there, no causal language model, weights that are not finite, or no means to quantise them.
     """
     _require_model_name(name)
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     quantised = precision in QUANTISED
     options = quantised_options(precision, pick_device(device)) if quantised else {"dtype": _DTYPES[precision]}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision or "main", output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        wanted = f" in {precision}" if quantised else ""
-        raise ModelError(f"the model {name!r} cannot be loaded{wanted}: {_first_line(error)}") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
-            "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
-        )
+    adapter = AdapterFolder.at(name)
+    if adapter is None:
+        model = _loaded(name, revision, options, precision)
+    else:
+        model = _loaded(adapter.base, revision or adapter.revision, options, precision)
+        adapter.attach(model)
     in_one_operation(model)
     if not quantised:
         return LanguageModel.wrap(_moved(model, device), name)
@@ -212,6 +213,29 @@ def load_model(name: str, *, precision: str = "fp32", device: str = "auto", revi
     except (AssertionError, RuntimeError) as error:  # bitsandbytes has no kernel for some shapes on some devices
         where = model.device.type
         raise ModelError(f"the model {name!r} does not run in {precision} on {where}: {_first_line(error)}") from error
+
+
+def _loaded(name: str, revision: str, options: Mapping[str, Any], precision: str) -> Any:
+    """A transformers model whose weights are all there."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        wanted = f" in {precision}" if precision in QUANTISED else ""
+        raise ModelError(f"the model {name!r} cannot be loaded{wanted}: {_first_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the model {name!r} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
+            "transformers would fill them with random numbers. Is the checkpoint whole, and of this architecture?"
+        )
+    return model
 
 
 def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> LanguageModel:
@@ -241,9 +265,16 @@ def model_of(config: IndexConfig, *, name: str = "", device: str = "") -> Langua
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:
-    """Load the tokenizer of a folder or hub id; :class:`ModelError` if there is none."""
+    """Load the tokenizer of a folder or hub id; :class:`ModelError` if there is none.
+
+    An adapter without one has that of its base model.
+    """
     _require_model_name(name)
     from transformers import AutoTokenizer
+
+    adapter = AdapterFolder.at(name)
+    if adapter is not None and not adapter.has_tokenizer:
+        name, revision = adapter.base, revision or adapter.revision
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
@@ -279,66 +310,8 @@ def _require_model_name(name: str) -> None:
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no model folder {name!r}: --model takes a folder or a hub id")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ModelError(f"the folder {name!r} holds no config.json, so no model")
-
-
-def _require_finite(model: nn.Module, name: str) -> None:
-    for parameter_name, parameter in model.named_parameters():
-        # The sum is one cheap pass; only where it is odd is every entry looked at.
-        if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.detach().isfinite().all():
-            raise ModelError(f"{name or 'the model'}: the weight {parameter_name} holds NaN or infinity")
-
-
-def _probe(model: nn.Module, base: nn.Module, head: nn.Linear, name: str) -> bool:
-    """Whether the model's logits are just the head applied to the base's output.
-
-    One forward pass of two rows that differ in their last token. The head's output is replaced by known numbers of both
-    signs and all sizes, so that a soft cap or a scale behind it shows however small the model's own logits are.
-
-    Raises:
-        ModelError: a later token changes the hidden states of an earlier one.
-    """
-    ids = torch.arange(8, device=head.weight.device).repeat(2, 1) % head.weight.shape[0]
-    ids[1, -1] = 0
-    known = torch.linspace(-100, 100, ids.numel() * head.weight.shape[0], device=ids.device, dtype=head.weight.dtype)
-    known = known.view(*ids.shape, -1)
-    seen: list[Tensor] = []
-
-    def known_logits(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
-        seen.append(given[0])
-        return known
-
-    handle = head.register_forward_hook(known_logits)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-            hidden = base(input_ids=ids, use_cache=False)[0]
-    finally:
-        handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    drift = (hidden[0, :-1] - hidden[1, :-1]).float().norm() / hidden[0, :-1].float().norm()
-    if drift > 100 * torch.finfo(hidden.dtype).eps:
-        raise ModelError(
-            f"{name or type(model).__name__} looks ahead: a later token changes what it says about earlier ones. "
-            "Only causal (left-to-right) language models have the next-token loss that is measured here"
-        )
-    plain = head.weight.is_floating_point() and head.weight.shape == (head.out_features, head.in_features)
-    return plain and len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(logits.to(known.dtype), known)
-
-
-@contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError("--loss-fn kl compares with a reference: name --reference-model, or load a PEFT adapter")
-    model.disable_adapters()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.enable_adapters()  # type: ignore[operator]
+    if path.is_dir() and not any((path / each).exists() for each in ("config.json", "adapter_config.json")):
+        raise ModelError(f"the folder {name!r} holds no config.json, nor an adapter_config.json, so no model")
 
 
 def _logit_losses(logits: Tensor, labels: Tensor, reduction: str, kind: Loss) -> Tensor:

@@ -187,6 +187,18 @@ def moments_of(model: LanguageModel, state: str | Path) -> dict[str, Tensor]:
     return optimizer_moments(model.model, state, within=model.base, outside=model.outside)
 
 
+def state_beside(model: str) -> str:
+    """The ``optimizer.pt`` in a model's folder, as a trainer's checkpoint has it; ``""`` where there is none."""
+    file = Path(model) / "optimizer.pt"
+    return str(file) if model and file.is_file() else ""
+
+
+def default_note(kind: str, state: str) -> str:
+    """What to say of a normaliser that nobody asked for: where its second moments are from."""
+    taken = f"those of {state} (--normalizer {kind} fits them instead)" if state else "fitted to the rows"
+    return f"normaliser: {kind}, with second moments {taken}"
+
+
 def planned_moments(moments: Mapping[str, Tensor], plan: CapturePlan) -> dict[str, Tensor]:
     """The planned modules' moments; without the bias's column where biases are not captured."""
     missing = sorted({each.matrix for each in plan.modules} - set(moments))

@@ -44,21 +44,28 @@ data_options = _stack(
     click.option("--streaming", is_flag=True, help="Read rows as they come, instead of downloading the dataset first."),
 )
 
-model_options = _stack(
-    click.option("--model", default="", help="Model folder or hub id."),
-    click.option("--revision", default="", help="Branch, tag or commit of a hub model."),
-    click.option("--tokenizer", default="", help="Another tokenizer than the model's own."),
-    click.option(
+
+def _precision(default: str | None, also: str = "") -> Callable[[F], F]:
+    return click.option(
         "--precision",
         type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4", "auto"]),
-        default="fp32",
-        show_default=True,
-        help="Dtype the model runs in; int8 and int4 quantise its weights (bitsandbytes).",
-    ),
-    click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."
-    ),
+        default=default,
+        show_default=default is not None,
+        help=f"Dtype the model runs in; int8 and int4 quantise its weights (bitsandbytes).{also}",
+    )
+
+
+_names = _stack(
+    click.option("--model", default="", help="Model folder or hub id, or the folder of a PEFT adapter."),
+    click.option("--revision", default="", help="Branch, tag or commit of a hub model."),
+    click.option("--tokenizer", default="", help="Another tokenizer than the model's own."),
 )
+_device = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one."
+)
+model_options = _stack(_names, _precision("fp32"), _device)
+same_model_options = _stack(_names, _precision(None, " Default: that of the queries."), _device)
+"""Of a command that takes up what another has made."""
 
 capture_options = _stack(
     click.option(

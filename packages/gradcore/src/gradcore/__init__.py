@@ -13,6 +13,7 @@ from gradcore._losses import Loss
 from gradcore._module_gradient import ModuleGradient
 from gradcore._module_plan import AttentionConfig, ModulePlan
 from gradcore._plan import MATRICES, CapturePlan
+from gradcore._product_costs import product_costs
 from gradcore._share_floats import energies, share_floats
 from gradcore.normalizers import Normalizer, normalizer_kinds, optimizer_moments
 from gradcore.sketches import (
@@ -67,6 +68,7 @@ __all__ = [
     "not_collecting",
     "optimizer_moments",
     "per_example_loss",
+    "product_costs",
     "select_modules",
     "share_floats",
     "with_residual",

@@ -25,6 +25,7 @@ from gradcore._output_loss import TAKERS, Taker, Taking
 from gradcore._pass import Pass
 from gradcore._plan import CapturePlan
 from gradcore._units import Unit
+from gradcore._watch import Watch, is_quantised
 from gradcore.layers import Layer, layer_for
 from gradcore.layers.experts import is_transposed, matrices
 
@@ -132,6 +133,7 @@ class GradientCollector:
         self._factors = factors
         self.per_position = per_position
         self.enabled = True
+        self._quantised = any(is_quantised(module) for module in model.modules())
         self._freeze = freeze
         self._outside = dict(outside or {})
         self._outputs: list[tuple[nn.Module, Unit]] = []
@@ -322,11 +324,11 @@ def _forward_hook(collector: GradientCollector, planned: ModulePlan, layer: Laye
             given = given.expand(current.examples, *given.shape[1:])
         kept = unit.prepare(layer.forward(module, given, planned.bias))
         # Held only where the kept factor shares its memory: holding every input would cost what sketching saves.
-        watched = given if isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr() else None
-        version = given._version
+        shared = isinstance(kept, Tensor) and kept.data_ptr() == given.data_ptr()
+        watch = Watch.over(given, may_be_restored=collector._quantised) if shared else None
 
         def receive(gradient: Tensor) -> None:
-            if watched is not None and watched._version != version:
+            if watch is not None and watch.changed():
                 raise CaptureError(f"the input of {name} was changed in place between forward and backward")
             unit.deliver(current, kept, layer.backward(module, gradient))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcore._errors import GradCoreError
 from gradcore._factors import Factor, OneHot
+from gradcore._product_costs import ROUTES, product_costs
 from gradcore.sketches._protocol import BoundSketch, Sketch
 
 FORMED_FLOATS = 1 << 22
@@ -151,18 +152,22 @@ class ModuleGradient:
             return sketch.vector(self.dense()).flatten(1).float()
         return sketch.combine(sketch.project_out(self.out), sketch.project_in(self.into)).flatten(1).float()
 
-    def dot(self, other: ModuleGradient | Tensor) -> Tensor:
+    def dot(self, other: ModuleGradient | Tensor, *, route: str = "") -> Tensor:
         """Inner products ``[n, m]`` with other gradients of this module, or with matrices ``[m, out, in]``.
 
+        Args:
+            other: what they are with.
+            route: of matrices, ``"contracted"`` or ``"formed"`` instead of what :func:`product_costs` finds cheaper.
+
         Raises:
-            GradCoreError: they are of another shape.
+            GradCoreError: they are of another shape, or there is no such route.
         """
         if tuple(other.shape[-2:]) != self.shape:
             raise GradCoreError(
                 f"{self.name}: gradients of {list(self.shape)} have no inner product with {list(other.shape[-2:])}"
             )
         if isinstance(other, Tensor):
-            return self._dot_matrices(_exact(other))
+            return self._dot_matrices(_exact(other), route)
         if self._ghost_is_cheaper(other.positions, pairs=len(other), formed=1 + len(other) / max(len(self), 1)):
             cost = len(other) * self.positions * other.positions
             return torch.cat([_ghost(part, other, aligned=False) for part in self._split(cost)])
@@ -173,11 +178,10 @@ class ModuleGradient:
             ]
         )
 
-    def dot_and_sq_norm(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    def dot_and_sq_norm(self, matrices: Tensor, *, route: str = "") -> tuple[Tensor, Tensor]:
         """:meth:`dot` with matrices ``[m, out, in]`` and :meth:`sq_norm`, with gradients formed once at most."""
-        formed = len(matrices) > 1 and not isinstance(self.out, OneHot)
-        if not formed or self._ghost_is_cheaper(self.positions, pairs=1, formed=0):
-            return self.dot(matrices), self.sq_norm()
+        if isinstance(self.out, OneHot) or self._contracts(len(matrices), route, norms=True):
+            return self.dot(matrices, route="contracted"), self.sq_norm()
         flat = _exact(matrices).flatten(1).T
         found = [(block.flatten(1) @ flat, block.square().sum((1, 2))) for _, block in self.blocks()]
         return torch.cat([dots for dots, _ in found]), torch.cat([squares for _, squares in found])
@@ -210,13 +214,24 @@ class ModuleGradient:
         summed = self.positions * into if isinstance(self.out, OneHot) else self.positions * out * into
         return ghost < formed * summed + pairs * out * into
 
-    def _dot_matrices(self, matrices: Tensor) -> Tensor:
+    def _contracts(self, matrices: int, route: str, *, norms: bool = False) -> bool:
+        """Whether factors meet matrices position by position, rather than as gradients that are formed."""
+        if route not in ("", *ROUTES):
+            raise GradCoreError(f"a product has the routes {' and '.join(ROUTES)}, not {route!r}")
+        if self.into is None:
+            return False
+        costs = product_costs(*self.shape, self.positions, matrices, norms=norms)
+        return (route or min(ROUTES, key=costs.__getitem__)) == "contracted"
+
+    def _dot_matrices(self, matrices: Tensor, route: str) -> Tensor:
         if isinstance(self.out, OneHot) and self.into is not None:
             table, into = self.out, _exact(self.into)
             found = [(table.rows_of(matrix) * into).sum((1, 2)) for matrix in matrices]
             return torch.stack(found, dim=1) if found else into.new_zeros(len(self), 0)
-        if len(matrices) == 1 and isinstance(self.out, Tensor) and self.into is not None:
-            return torch.einsum("nsi,nsi->n", _exact(self.out) @ matrices[0], _exact(self.into))[:, None]
+        if self._contracts(len(matrices), route) and isinstance(self.out, Tensor) and self.into is not None:
+            out, into = _exact(self.out), _exact(self.into)
+            found = [torch.einsum("nsi,nsi->n", out @ matrix, into) for matrix in matrices]
+            return torch.stack(found, dim=1) if found else into.new_zeros(len(self), 0)
         flat = matrices.flatten(1).T
         return torch.cat([block.flatten(1) @ flat for _, block in self.blocks()])
 

@@ -203,17 +203,18 @@ class CapturePlan:
         for name, remedy in _REMEDIES.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                found, expected = repr(mine), repr(theirs)
+                found, expected = _said(mine), _said(theirs)
                 if name == "modules":
                     found, expected = _difference(self.modules, other.modules)
-                raise PlanMismatch(f"{name} differs: {this} has {found}, {that} has {expected}; {remedy}")
+                raise PlanMismatch(f"{name} differs ({this}: {found}; {that}: {expected}): {remedy}")
 
 
 # In the order in which a user would want to hear of them: another model explains other modules.
 _REMEDIES = {
     "modules": "use the model the gradients were collected from, or collect them again with the same modules",
     "model": "these are other weights of the same shape: use the very checkpoint the gradients were collected from",
-    "sketch": "use the same sketch (--projection-dim, --projection-type, --projection-seed) on both sides",
+    "sketch": "use the same sketch (--sketch, --sketch-floats, --projection-dim, --projection-seed) on both sides; a "
+    "spectral one belongs to one index, and is the same only where that index is named",
     "normalizer": "use the same normaliser (--normalizer, --processor-path) on both sides",
     "loss": "use the same --loss-fn on both sides",
     "reduction": "use the same --loss-reduction on both sides",
@@ -242,6 +243,10 @@ def _shared(names: Sequence[str], known: Mapping[str, nn.Module]) -> tuple[list[
 def _kind(module: nn.Module) -> str:
     layer = layer_for(module)
     return "" if layer is None else layer.kind
+
+
+def _said(value: object) -> str:
+    return str(value) if isinstance(value, Sketch) else repr(value)
 
 
 def _difference(mine: tuple[ModulePlan, ...], theirs: tuple[ModulePlan, ...]) -> tuple[str, str]:

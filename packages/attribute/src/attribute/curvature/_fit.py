@@ -58,7 +58,7 @@ def fit_kronecker(
         model, tokens, plan: as for :func:`attribute.engine.run_pass`. A two-sided sketch gives the curvature of the
             sketched sides (sketched EK-FAC): r² + r² + r² floats a module instead of O² + I² + OI.
         method: one of :data:`METHODS`.
-        labels: ``sampled`` (true Fisher) or ``dataset`` (empirical Fisher).
+        labels: ``sampled`` (true Fisher, where the rows' weights have no part) or ``dataset`` (empirical Fisher).
         seed: of the sampled labels.
         sample: at most so many rows, evenly spaced; 0 takes all.
         partitions: fit the modules in so many groups, each by passes of its own, so that only a group's factors are
@@ -73,6 +73,8 @@ def fit_kronecker(
     if not 1 <= partitions <= len(plan.modules):
         raise AttributionError(f"--module-partitions must be 1 to {len(plan.modules)} (modules), not {partitions}")
     progress = progress or Quiet()
+    if labels == "sampled" and tokens.weights is not None:
+        progress.note("the labels of the Fisher are sampled from the model: it knows no rewards (dataset labels do)")
     rows = rows_with_loss(tokens, sample)
     base = _CORRECTED.get(method, method)
     here = current()

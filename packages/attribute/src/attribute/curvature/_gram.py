@@ -243,3 +243,9 @@ def mixing_weight(train: Gram, query: Gram, components: int = 0) -> float:
             f"neither side has {k + 1} directions with curvature: lower --target-downweight-components"
         )
     return from_train / (from_query + from_train)
+
+
+def mixing_note(weight: float, otherwise: str = "") -> str:
+    """What to say of a λ; where it is 0 for want of queries, with what to do ``otherwise``."""
+    too_few = "" if weight else "; too few queries to tell a task by" + f", {otherwise}" * bool(otherwise)
+    return f"λ = {weight:.3f} of the query side in the curvature{too_few}"

@@ -20,7 +20,8 @@ from attribute.config import DataConfig
 def weights_of(records: Iterable[Mapping[str, Any]], config: DataConfig) -> np.ndarray | None:
     """The weight of each row ``[rows]`` float32, or none where no column is named.
 
-    A row whose reward is NaN is refused, or with ``skip_nan_rewards`` has weight 0 and counts for no mean.
+    A row whose reward is NaN is refused, or with ``skip_nan_rewards`` has weight NaN, which leaves it out (see
+    :meth:`TokenFile.weigh`), and counts for no mean.
 
     Raises:
         DataError: a missing column, a value that is no number.
@@ -38,13 +39,13 @@ def weights_of(records: Iterable[Mapping[str, Any]], config: DataConfig) -> np.n
         prompts.append(_prompt(record, config, number) if config.reward_column else "")
     found = np.array(values, dtype=np.float64)
     if config.advantage_column:
-        return np.nan_to_num(found).astype(np.float32)
+        return found.astype(np.float32)
     known: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, values):
         if not math.isnan(value):
             known.setdefault(prompt, []).append(value)
     means = np.array([np.mean(known.get(prompt, [0.0])) for prompt in prompts])
-    return np.nan_to_num(found - means).astype(np.float32)
+    return (found - means).astype(np.float32)
 
 
 def _number(record: Mapping[str, Any], column: str, number: int) -> float:

@@ -31,6 +31,7 @@ class TokenFile:
             raise DataError(f"{folder} holds no finished token file") from None
         self._digest = meta["digest"]
         self.weights: np.ndarray | None = None
+        self._left_out: np.ndarray | None = None
         self.offsets = np.fromfile(folder / "offsets.bin", dtype="<i8")
         total = int(self.offsets[-1])
         self._ids = _map(folder / "ids.bin", meta["dtype"], total)
@@ -50,10 +51,15 @@ class TokenFile:
         return self._digest
 
     def weigh(self, weights: np.ndarray | None) -> None:
-        """Weights ``[rows]`` of the rows' losses, which become part of the digest."""
+        """Weights ``[rows]`` of the rows' losses, which become part of the digest.
+
+        A row of weight 0 is a row like any other, whose gradient is zero; one of weight NaN is left out: none of its
+        tokens carries loss.
+        """
         if weights is not None:
-            self.weights = np.ascontiguousarray(weights, dtype=np.float32)
-            self._digest = hashlib.sha256(self._digest.encode() + self.weights.tobytes()).hexdigest()
+            given = np.ascontiguousarray(weights, dtype=np.float32)
+            self.weights, self._left_out = np.nan_to_num(given), np.isnan(given)
+            self._digest = hashlib.sha256(self._digest.encode() + given.tobytes()).hexdigest()
 
     @property
     def total(self) -> int:
@@ -66,7 +72,8 @@ class TokenFile:
 
     def labelled(self, row: int) -> np.ndarray:
         """Which tokens of one row carry loss ``[s]``, 0 or 1."""
-        return self._labelled[self.offsets[row] : self.offsets[row + 1]]
+        found = self._labelled[self.offsets[row] : self.offsets[row + 1]]
+        return found if self._left_out is None or not self._left_out[row] else np.zeros_like(found)
 
 
 class TokenFileWriter:

@@ -1,7 +1,8 @@
 """Making ground truth: the same training again and again, each time without some rows.
 
 All retrainings share start, order of rows, schedule and divisor; a dropped row has weight 0. So what differs is what
-the rows did, and nothing else: there is no noise of retraining.
+the rows did, and nothing else: there is no noise of retraining. Rows that have a weight (a reward less the mean of its
+prompt's) are trained with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from attribute._errors import AttributionError, DataError
 from attribute.batching import assemble, plan_batches
 from attribute.data import TokenFile
-from attribute.evaluate._truth import LOSSES, QUERIES, TRAIN, GroundTruth
+from attribute.evaluate._truth import LOSSES, QUERIES, TRAIN, WEIGHT, GroundTruth
 from attribute.model import LanguageModel
 from attribute.progress import Progress, Quiet
 
@@ -55,6 +56,8 @@ class Recipe:
         for drop in self.drops:
             if not 0 < drop < 1:
                 raise AttributionError(f"a bank drops a share between 0 and 1 of the rows, not {drop}")
+        if len(set(map(bank_name, self.drops))) < len(self.drops):
+            raise AttributionError(f"each --drop makes a bank of its own, and two are alike: {self.drops}")
 
 
 def make_truth(
@@ -81,9 +84,10 @@ def make_truth(
         progress: told of each training.
 
     Raises:
-        DataError: the folder was begun with another recipe or other rows.
+        DataError: the folder was begun with another recipe or other rows; a query without a loss, or with a weight.
     """
     path, progress = Path(path), progress or Quiet()
+    _require_measurable(queries)
     parts = path / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     about = {**asdict(recipe), "rows": rows.digest, "queries": queries.digest, "start": model.fingerprint()}
@@ -138,14 +142,37 @@ def _masks(rows: int, recipe: Recipe) -> dict[str, np.ndarray]:
         kept = np.ones((recipe.subsets, rows), dtype=bool)
         for mask in kept:
             mask[generator.choice(rows, count, replace=False)] = False
-        found[f"{round(drop * 100):02d}"] = kept
+        found[bank_name(drop)] = kept
     return found
+
+
+def bank_name(drop: float) -> str:
+    """The share in percent.
+
+    >>> bank_name(0.05), bank_name(0.5), bank_name(0.252)
+    ('05', '50', '25.2')
+    """
+    whole, _, rest = f"{100 * drop:.4f}".partition(".")
+    return ".".join(filter(None, (whole.zfill(2), rest.rstrip("0"))))
+
+
+def _require_measurable(queries: TokenFile) -> None:
+    if queries.weights is not None:
+        raise DataError(
+            "queries have no reward in a ground truth, whose losses are measured as they are: leave "
+            "--query.reward-column and --query.advantage-column away"
+        )
+    if silent := [number for number in range(len(queries)) if not queries.labelled(number)[1:].any()]:
+        raise DataError(
+            f"query {silent[0]} has no token with a loss, so nothing can be told of it ({len(silent)} of "
+            f"{len(queries)} queries): leave it out of the query data"
+        )
 
 
 def train_on(
     start: LanguageModel, rows: TokenFile, kept: np.ndarray, recipe: Recipe, seed: int, progress: Progress
 ) -> LanguageModel:
-    """AdamW over all rows in the order of the seed; a row that is not kept has weight 0."""
+    """AdamW over all rows in the order of the seed, each times its weight; a row that is not kept has weight 0."""
     model = LanguageModel.wrap(copy.deepcopy(start.model), start.name)
     network = model.model.eval()  # without dropout, so that subsets differ by their rows alone
     for parameter in network.parameters():
@@ -158,7 +185,8 @@ def train_on(
         for first in range(0, len(rows), recipe.batch_size)
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
-    weights = torch.from_numpy(kept.astype(np.float32)).to(start.device)
+    given = kept if rows.weights is None else kept * rows.weights
+    weights = torch.from_numpy(given.astype(np.float32)).to(start.device)
     for chosen in batches:
         batch = assemble(rows, chosen, start.device)
         logits = network(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
@@ -188,7 +216,10 @@ def _write_rows(path: Path, tokens: TokenFile, texts: Sequence[str]) -> None:
         for row, text in zip(range(len(tokens)), texts):
             ids = tokens.ids(row).tolist()
             labels = [token if counted else -100 for token, counted in zip(ids, tokens.labelled(row))]
-            stream.write(json.dumps({"input_ids": ids, "labels": labels, "text": text}, ensure_ascii=False) + "\n")
+            record = {"input_ids": ids, "labels": labels, "text": text}
+            if tokens.weights is not None:
+                record[WEIGHT] = float(tokens.weights[row])
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _require_same(file: Path, about: dict[str, Any]) -> None:

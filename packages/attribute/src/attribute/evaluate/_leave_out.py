@@ -49,7 +49,8 @@ def leave_k_out(
         start: the weights that its trainings began with; it is copied, not changed.
         scores: method → ``[queries, rows]``. Random rows are added.
         ks: how many rows to leave out.
-        queries: how many to ask, evenly spaced; each costs a training for every method and k.
+        queries: how many to ask, evenly spaced among those that any retraining changed; each costs a training for every
+            method and k.
         progress: told of each training.
 
     Raises:
@@ -62,7 +63,11 @@ def leave_k_out(
         raise AttributionError(f"--k must lie between 1 and {found.rows - 1}, there are {found.rows} rows")
     for name, each in scores.items():
         found.require_shape(each, name)
-    asked = np.unique(np.linspace(0, len(found.base) - 1, min(queries, len(found.base))).round().astype(int))
+    if queries < 1:
+        raise AttributionError(f"--queries must be at least 1, not {queries}")
+    if not len(able := np.flatnonzero(found.moved)):
+        raise DataError(f"no retraining in {truth} changed the loss of any query: there is none to ask")
+    asked = able[np.unique(np.linspace(0, len(able) - 1, min(queries, len(able))).round().astype(int))]
     draw = np.random.default_rng(recipe.seed)
     rankings = {name: {q: rank(each[q]) for q in asked} for name, each in scores.items()}
     rankings[RANDOM] = {q: draw.permutation(found.rows).tolist() for q in asked}

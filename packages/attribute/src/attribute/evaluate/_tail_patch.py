@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from attribute._errors import AttributionError
 from attribute.batching import assemble
 from attribute.data import TokenFile
 from attribute.engine import evaluating
@@ -30,18 +31,25 @@ def tail_patch(
 ) -> Estimate:
     """Fall of a query's loss in nats after one gradient step of SGD on one of its ``k`` best rows, mean over both.
 
+    Queries without a loss are left out; the step on a row that has a weight is times its weight.
+
     Args:
         model: as trained; it is copied, not changed.
         rows, queries: token files.
         scores: ``[queries, rows]``.
         k: rows a query.
         learning_rate: of the step, on the mean loss of the row's tokens.
+
+    Raises:
+        AttributionError: ``k`` or the learning rate is out of range.
     """
+    if k < 1 or not 0 < learning_rate < float("inf"):
+        raise AttributionError(f"--k must be at least 1 and --learning-rate positive, not {k} and {learning_rate}")
     patient = replace(model, **_copied(model))
     before = [parameter.detach().clone() for parameter in patient.model.parameters()]
     falls = []
     with evaluating(patient):
-        for query in range(len(queries)):
+        for query in (each for each in range(len(queries)) if queries.labelled(each)[1:].any()):
             asked = assemble(queries, [query], model.device)
             with torch.no_grad():
                 start = float(patient.losses(asked.input_ids, asked.labels, "mean"))
@@ -65,6 +73,8 @@ def _step(model: LanguageModel, rows: TokenFile, row: int, learning_rate: float)
     logits = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
     targets = batch.labels[:, 1:]
     total = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="sum", ignore_index=-100)
+    if batch.weights is not None:
+        total = total * batch.weights.sum()  # of its one row
     gradients = torch.autograd.grad(total / (targets != -100).sum().clamp(min=1), parameters, allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients):

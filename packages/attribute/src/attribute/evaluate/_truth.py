@@ -1,7 +1,7 @@
 """Ground truth on disk: what retraining without some rows did to the queries, once for all methods.
 
 A folder holds ``train.jsonl`` and ``queries.jsonl`` (a record a row, with ``input_ids``, ``labels`` if not all tokens
-count, and ``text``), the trained model (``config.json`` …), and ``losses.npz``:
+count, ``text``, and ``weight`` where rows have one), the trained model (``config.json`` …), and ``losses.npz``:
 
 =====================  =====================================================================
 ``base [q]``           loss of each query under the trained model
@@ -30,6 +30,7 @@ from attribute.data import Row, TokenFile, TokenFileWriter
 from gradcore import IGNORE
 
 LOSSES, TRAIN, QUERIES = "losses.npz", "train.jsonl", "queries.jsonl"
+WEIGHT = "weight"
 
 
 def training_of(folder: Path, rows: int) -> dict[str, Any]:
@@ -61,6 +62,11 @@ class Bank:
     losses: np.ndarray
     again: np.ndarray | None = None
 
+    def of_queries(self, chosen: np.ndarray) -> Bank:
+        """The same for some of the queries, a bool each."""
+        again = None if self.again is None else self.again[:, chosen]
+        return Bank(self.name, self.kept, self.losses[:, chosen], again)
+
     @property
     def dropped(self) -> float:
         """Share of the rows that a retraining left out."""
@@ -87,6 +93,17 @@ class GroundTruth:
     base: np.ndarray
     banks: Mapping[str, Bank]
     rows: int
+
+    @property
+    def moved(self) -> np.ndarray:
+        """Which queries some retraining changed the loss of ``[queries]``; one without a loss never changes."""
+        return np.any([(bank.losses != self.base).any(0) for bank in self.banks.values()], axis=0)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its training rows have weights."""
+        with (self.path / TRAIN).open(encoding="utf-8") as stream:
+            return WEIGHT in json.loads(stream.readline() or "{}")
 
     @classmethod
     def open(cls, path: str | Path) -> GroundTruth:
@@ -129,7 +146,10 @@ class GroundTruth:
             for each in self.records(side)
         )
         folder.mkdir(parents=True, exist_ok=True)
-        return TokenFileWriter(folder, vocabulary).write(rows)
+        found = TokenFileWriter(folder, vocabulary).write(rows)
+        if side == "train" and self.weighted:
+            found.weigh(np.array([each[WEIGHT] for each in self.records(side)], dtype=np.float32))
+        return found
 
     def require_shape(self, scores: np.ndarray, name: str) -> None:
         """Raise unless scores ``[queries, rows]`` are of this truth and finite."""

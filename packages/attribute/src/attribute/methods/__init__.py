@@ -21,12 +21,14 @@ from attribute.methods import (
 )
 from attribute.methods._estimator import Estimator, estimator_named, estimators, register_estimator
 from attribute.methods._registry import Method, method_named, register_method
+from attribute.methods._settings import OPTIONS, require_used
 from attribute.methods._study import Checkpoint, Study
 
 __all__ = [
     "Checkpoint",
     "Estimator",
     "Method",
+    "OPTIONS",
     "Study",
     "adam_cg",
     "baselines",
@@ -43,6 +45,7 @@ __all__ = [
     "refined",
     "register_estimator",
     "register_method",
+    "require_used",
     "self_influence",
     "sketched_kronecker",
     "tracin",

@@ -11,6 +11,14 @@ import numpy as np
 from attribute._errors import AttributionError
 from attribute.methods._study import Study
 
+NOTHING = frozenset[str]()
+GRADIENTS = frozenset({"modules", "exclude", "include_bias", "split_attention_modules", "loss_reduction", "rewards"})
+"""Settings of every method that works from gradients."""
+SKETCH = frozenset({"projection_dim", "projection_type", "projection_seed"})
+"""Of those that sketch them."""
+FISHER = frozenset({"labels", "seed"})
+"""Of those that fit Kronecker factors."""
+
 
 class Estimator(ABC):
     """Scores of training rows for queries; positive means that training on the row lowers the query's loss.
@@ -18,12 +26,16 @@ class Estimator(ABC):
     Attributes:
         name: as it is asked for.
         needs: what beyond model, rows and queries it works from.
+        uses: the settings that can change its scores, of :data:`attribute.methods.OPTIONS`; others are refused.
+        normalizer: the one it takes where none is asked for.
         cost: in passes over the training rows.
         source: paper and equation.
     """
 
     name: ClassVar[str]
     needs: ClassVar[str] = "nothing more"
+    uses: ClassVar[frozenset[str]] = GRADIENTS
+    normalizer: ClassVar[str] = ""
     cost: ClassVar[str]
     source: ClassVar[str]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attribute._errors import AttributionError
 from attribute.batching import Batch, assemble, plan_batches
-from attribute.curvature import Gram, Kronecker, fit_kronecker
+from attribute.curvature import Gram, Inversion, Kronecker, fit_kronecker
 from attribute.curvature._gram import GramSums
 from attribute.data import TokenFile
 from attribute.engine import (
@@ -58,15 +58,22 @@ class Study:
         checkpoints: of the training, for the methods that follow it.
         damping: relative to each module's mean eigenvalue.
         labels, seed: of the Fisher, as for :func:`fit_kronecker`.
-        projection_dim: side of the sketch of the methods that need one.
-        normalizer: of sketched gradients: ``adam``, ``adafactor`` or ``shampoo``, fitted to the rows; none by default.
+        projection_dim, projection_type, projection_seed: side, entries and seed of the sketch of the methods that need
+            one.
+        normalizer: of sketched gradients: ``adam``, ``adafactor`` or ``shampoo``, from ``moments`` or fitted to the
+            rows; ``none``, or by default the method's own.
         moments: second moments of the optimiser, by module; without them they are fitted to the rows where needed.
         horizon: Σ of the training's learning rates, 0 where it is not known.
         batch: rows a step of the training, from which the moments follow where the optimiser's are not given.
+        groups: the sub-task of each query, for LESS; by default every query is one.
+        nearest: LESS scores a row by the sub-task it is nearest to, in a single column.
         components: TrackStar's task directions, 0 in proportion.
         solver_rows, solver_steps: rows of the Gauss-Newton matrix and iterations, of the methods that solve with it.
         budget: padded tokens a batch.
         progress: told of each pass.
+
+    Raises:
+        AttributionError: a number out of range, or a plan that sketches.
     """
 
     model: LanguageModel
@@ -80,6 +87,10 @@ class Study:
     labels: str = "sampled"
     seed: int = 0
     projection_dim: int = 16
+    projection_type: str = "rademacher"
+    projection_seed: int = 0
+    groups: Sequence[str] = ()
+    nearest: bool = False
     components: int = 0
     normalizer: str = ""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
@@ -94,6 +105,21 @@ class Study:
     def __post_init__(self) -> None:
         if not isinstance(self.plan.sketch, Identity):
             raise AttributionError("a study is planned with whole gradients; methods sketch them (projection_dim)")
+        if self.groups and len(self.groups) != len(self.queries):
+            raise AttributionError(f"{len(self.groups)} sub-tasks are given for {len(self.queries)} queries: one each")
+        Inversion("damped", self.damping)
+        _require_least("projection-dim", self.projection_dim, 1)
+        _require_least("solver-rows", self.solver_rows, 0)
+        _require_least("solver-steps", self.solver_steps, 0)
+        _require_least("seed", self.seed, 0)
+        _require_least("projection-seed", self.projection_seed, 0)
+        _require_least("train-batch-size", self.batch, 0)
+        _require_least("horizon", self.horizon, 0)
+        for checkpoint in self.checkpoints:
+            if not 0 < checkpoint.learning_rate < float("inf"):
+                raise AttributionError(
+                    f"the learning rate of a --checkpoint must be positive, not {checkpoint.learning_rate}"
+                )
 
     @cached_property
     def query_gradients(self) -> np.ndarray:
@@ -103,9 +129,13 @@ class Study:
     @cached_property
     def sketched(self) -> CapturePlan:
         """The plan under a two-sided sketch, and under the normaliser that was asked for."""
-        sketch = TwoSided(self.projection_dim, seed=self.seed)
-        normalizer = Normalizer.of_moments(self.normalizer, self.second_moments) if self.normalizer else None
-        return replace(self.plan, sketch=sketch, normalizer=normalizer)
+        none = self.normalizer in ("", "none")
+        normalizer = None if none else Normalizer.of_moments(self.normalizer, self.second_moments)
+        return replace(self.plan, sketch=self.sketch(), normalizer=normalizer)
+
+    def sketch(self, number: int = 0) -> TwoSided:
+        """The sketch, or for a ``number`` another one of the same size."""
+        return TwoSided(self.projection_dim, self.projection_type, self.projection_seed + number)
 
     @cached_property
     def second_moments(self) -> dict[str, Tensor]:
@@ -200,13 +230,13 @@ class Study:
         return found
 
     def losses(self) -> np.ndarray:
-        """Summed loss of every row ``[rows]``; 0 where there is none."""
+        """Loss of every row ``[rows]``, reduced as planned; 0 where there is none."""
         found = np.zeros(len(self.rows), dtype=np.float32)
         with torch.no_grad(), evaluating(self.model):
             for chosen in plan_batches(self.rows.lengths, np.arange(len(self.rows)), self.budget):
                 batch = assemble(self.rows, chosen, self.model.device)
                 if (batch.labels[:, 1:] != IGNORE).any():
-                    found[chosen] = self.model.losses(batch.input_ids, batch.labels).cpu().numpy()
+                    found[chosen] = self.model.losses(batch.input_ids, batch.labels, self.plan.reduction).cpu().numpy()
         return found
 
 
@@ -223,6 +253,11 @@ class _Visitor:
 
     def close(self) -> None:
         """Nothing to finish."""
+
+
+def _require_least(option: str, value: float, least: int) -> None:
+    if not least <= value < float("inf"):
+        raise AttributionError(f"--{option} must be at least {least}, not {value}")
 
 
 def cosines(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attribute._errors import AttributionError
 from attribute.curvature import Inversion
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import FISHER, GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 from attribute.methods.refined import conjugate_gradients, gauss_newton
 from attribute.normalizing import fit_moments, planned_moments
@@ -46,6 +46,8 @@ def adam_damping(study: Study) -> Tensor:
         )
     # Adam's moments are of a batch's mean loss, a row's loss here may be a sum over its tokens.
     scale = 1.0 if study.plan.reduction == "mean" else mean_tokens(study)
+    if study.moments and study.batch:
+        raise AttributionError("adam-cg has the optimiser's moments: leave --train-batch-size away")
     if study.moments:
         moments, unit = planned_moments(study.moments, study.plan), scale
     elif study.batch:
@@ -73,6 +75,7 @@ class AdamCg(Estimator):
     needs: ClassVar[str] = (
         "the training's Σ of learning rates and its optimiser's moments or batch size; factors (fitted)"
     )
+    uses: ClassVar[frozenset[str]] = GRADIENTS | FISHER | {"horizon", "batch", "moments", "solver_rows", "solver_steps"}
     cost: ClassVar[str] = "4 passes + solver"
     source: ClassVar[str] = "Bae et al. 2024 (SOURCE), section 3; Wang et al. 2025 (ASTRA), section 3"
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from attribute._errors import AttributionError
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import NOTHING, Estimator, register_estimator
 from attribute.methods._study import Study, cosines
 from attribute.methods.bm25 import BM25
 
@@ -20,6 +20,7 @@ class Lexical(Estimator):
     """BM25 of the query's text among the rows' texts."""
 
     name: ClassVar[str] = "bm25"
+    uses: ClassVar[frozenset[str]] = NOTHING
     needs: ClassVar[str] = "texts"
     cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Robertson & Zaragoza 2009, eq. 3.15"
@@ -37,6 +38,7 @@ class RepSim(Estimator):
     """Cosine of mean hidden states of the last layer."""
 
     name: ClassVar[str] = "repsim"
+    uses: ClassVar[frozenset[str]] = NOTHING
     cost: ClassVar[str] = "1 forward pass"
     source: ClassVar[str] = "Hanawa et al. 2021"
 
@@ -50,6 +52,7 @@ class EmbeddingCosine(Estimator):
     """Cosine of mean input embeddings: a bag of words that knows synonyms."""
 
     name: ClassVar[str] = "embedding-cos"
+    uses: ClassVar[frozenset[str]] = NOTHING
     cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "baseline"
 
@@ -63,6 +66,7 @@ class Loss(Estimator):
     """The loss of the row, whatever the query."""
 
     name: ClassVar[str] = "loss"
+    uses: ClassVar[frozenset[str]] = frozenset({"loss_reduction"})
     cost: ClassVar[str] = "1 forward pass"
     source: ClassVar[str] = "baseline"
 
@@ -76,6 +80,7 @@ class Length(Estimator):
     """The number of tokens with a loss, whatever the query."""
 
     name: ClassVar[str] = "length"
+    uses: ClassVar[frozenset[str]] = NOTHING
     cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "baseline"
 

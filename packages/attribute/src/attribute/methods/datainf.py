@@ -17,7 +17,7 @@ import torch
 
 from attribute._errors import AttributionError
 from attribute.engine import RowBlock
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 
 
@@ -26,6 +26,7 @@ class DataInf(Estimator):
     """Closed form by swapping mean and inverse."""
 
     name: ClassVar[str] = "datainf"
+    uses: ClassVar[frozenset[str]] = GRADIENTS | {"damping"}
     cost: ClassVar[str] = "3 passes"
     source: ClassVar[str] = "Kwon et al. 2024, eq. 5"
 

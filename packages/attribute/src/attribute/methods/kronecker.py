@@ -12,12 +12,13 @@ from typing import ClassVar
 import numpy as np
 
 from attribute.curvature import Inversion
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import FISHER, GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 
 
 class _Factored(Estimator):
     needs: ClassVar[str] = "factors over the rows (fitted)"
+    uses: ClassVar[frozenset[str]] = GRADIENTS | FISHER | {"damping"}
     curvature: ClassVar[str]
 
     def influence(self, study: Study) -> np.ndarray:

@@ -19,10 +19,11 @@ from attribute.batching import assemble, plan_batches
 from attribute.curvature import Inversion
 from attribute.curvature._factors import rows_with_loss
 from attribute.curvature._gauss_newton import GaussNewton
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import FISHER, GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 
 Multiply = Callable[[Tensor], Tensor]
+_SOLVED = GRADIENTS | FISHER | {"damping", "solver_rows", "solver_steps"}
 
 
 def gauss_newton(study: Study) -> GaussNewton:
@@ -65,8 +66,11 @@ def conjugate_gradients(multiply: Multiply, precondition: Multiply, right: Tenso
 
 
 def neumann(multiply: Multiply, right: Tensor, steps: int) -> Tensor:
-    """LiSSA's series for each row of ``right [q, width]``."""
-    probe, scale = right[:1] / right[:1].norm(), 1.0
+    """LiSSA's series for each row of ``right [q, width]``; zero for a row of zeros."""
+    some = right[right.any(dim=1)][:1]
+    if not len(some):
+        return torch.zeros_like(right)
+    probe, scale = some / some.norm(), 1.0
     for _ in range(10):
         product = multiply(probe)
         scale = product.norm().item()
@@ -83,6 +87,7 @@ class EkfacCg(Estimator):
 
     name: ClassVar[str] = "ek-fac-cg"
     needs: ClassVar[str] = "factors over the rows (fitted); whole gradients"
+    uses: ClassVar[frozenset[str]] = _SOLVED
     cost: ClassVar[str] = "3 passes + solver"
     source: ClassVar[str] = "Wang et al. 2025 (ASTRA), section 3"
 
@@ -105,6 +110,7 @@ class Lissa(Estimator):
 
     name: ClassVar[str] = "lissa"
     needs: ClassVar[str] = "factors over the rows for the damping (fitted); whole gradients"
+    uses: ClassVar[frozenset[str]] = _SOLVED
     cost: ClassVar[str] = "3 passes + solver"
     source: ClassVar[str] = "Agarwal et al. 2017; Koh & Liang 2017, section 3"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from attribute.curvature import Inversion
 from attribute.engine import RowBlock
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import FISHER, GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 
 
@@ -21,6 +21,7 @@ class SelfInfluence(Estimator):
 
     name: ClassVar[str] = "self-influence"
     needs: ClassVar[str] = "factors over the rows (fitted)"
+    uses: ClassVar[frozenset[str]] = GRADIENTS | FISHER | {"damping"}
     cost: ClassVar[str] = "3 passes"
     source: ClassVar[str] = "Koh & Liang 2017, section 5.4"
 

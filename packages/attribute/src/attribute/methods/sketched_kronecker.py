@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attribute.curvature import Inversion, Kronecker
 from attribute.engine import gradients_of
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import FISHER, GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 from gradcore import CapturePlan, ModuleBasis, Spectral, SpectralBasis
 
@@ -31,6 +31,7 @@ class SketchedEkfac(Estimator):
 
     name: ClassVar[str] = "ek-fac-sketched"
     needs: ClassVar[str] = "factors over the rows (fitted); side² floats a module, on average"
+    uses: ClassVar[frozenset[str]] = GRADIENTS | FISHER | {"projection_dim", "damping"}
     cost: ClassVar[str] = "3 passes"
     source: ClassVar[str] = "George et al. 2018; Grosse et al. 2023, section 2"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from attribute._errors import AttributionError
 from attribute.engine import gradients_of
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import GRADIENTS, Estimator, register_estimator
 from attribute.methods._study import Study
 
 
@@ -22,6 +22,7 @@ class TracIn(Estimator):
 
     name: ClassVar[str] = "tracin"
     needs: ClassVar[str] = "checkpoints with learning rates"
+    uses: ClassVar[frozenset[str]] = GRADIENTS | {"checkpoints"}
     cost: ClassVar[str] = "1 pass a checkpoint"
     source: ClassVar[str] = "Pruthi et al. 2020, eq. 1"
 

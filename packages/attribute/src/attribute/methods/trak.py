@@ -23,10 +23,10 @@ from attribute.curvature import Inversion
 from attribute.curvature._gram import GramSums
 from attribute.data import TokenFile
 from attribute.engine import MemorySink, RowBlock, labelled_tokens, run_windows
-from attribute.methods._estimator import Estimator, register_estimator
+from attribute.methods._estimator import GRADIENTS, SKETCH, Estimator, register_estimator
 from attribute.methods._study import Checkpoint, Study
 from attribute.model import LanguageModel
-from gradcore import IGNORE, CapturePlan, TwoSided
+from gradcore import IGNORE, CapturePlan
 
 
 @register_estimator
@@ -35,6 +35,7 @@ class Trak(Estimator):
 
     name: ClassVar[str] = "trak"
     needs: ClassVar[str] = "a sketch; checkpoints of other runs make it an ensemble"
+    uses: ClassVar[frozenset[str]] = (GRADIENTS - {"loss_reduction"}) | SKETCH | {"checkpoints", "damping"}
     cost: ClassVar[str] = "1 pass a model"
     source: ClassVar[str] = "Park et al. 2023, eqs. 14–17"
 
@@ -44,8 +45,7 @@ class Trak(Estimator):
         product = np.zeros((len(study.queries), len(study.rows)), dtype=np.float64)
         doubt = np.zeros(len(study.rows), dtype=np.float64)
         for number, member in enumerate(members):
-            sketch = TwoSided(study.projection_dim, seed=study.seed + number)
-            plan = replace(study.plan, sketch=sketch, model="")
+            plan = replace(study.plan, sketch=study.sketch(number), model="")
             rows, probabilities = _log_odds(member.model, study.rows, plan, study.budget)
             queries, _ = _log_odds(member.model, study.queries, plan, study.budget)
             sums = GramSums(plan)
@@ -56,7 +56,7 @@ class Trak(Estimator):
 
 
 def _log_odds(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sketched gradients of −Σ log p/(1−p) ``[rows, width]``, and the mean p ``[rows]``."""
+    """Sketched gradients of −Σ log p/(1−p) times the row's weight ``[rows, width]``, and the mean p ``[rows]``."""
     sink = MemorySink(len(tokens), plan.width)
     with torch.enable_grad(), model.collector(plan) as collector:
 
@@ -66,7 +66,8 @@ def _log_odds(model: LanguageModel, tokens: TokenFile, plan: CapturePlan, budget
             losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none", ignore_index=IGNORE)
             # ∇ log p/(1−p) = ∇ log p / (1 − p); −expm1 keeps 1 − p where p rounds to one.
             surprise = -torch.expm1(-losses.detach())
-            (losses / surprise.clamp(min=1e-6)).sum().backward()
+            odds = (losses / surprise.clamp(min=1e-6)).sum(1)
+            (odds if batch.weights is None else odds * batch.weights).sum().backward()
             labelled = targets != IGNORE
             mean = ((-losses.detach()).exp() * labelled).sum(1) / labelled.sum(1).clamp(min=1)
             return RowBlock(batch.rows, collector.take(), mean, labelled_tokens(batch))

@@ -1,7 +1,7 @@
 """How a batch is scored: factors meet the queries module by module, or sketched rows meet them all at once.
 
-Whole gradients are never kept: in the backward pass each module's factors meet the queries by the cheaper of the routes
-of :class:`gradcore.ModuleGradient` (contracted for one query, formed for many, ghost products for those of low rank).
+Whole gradients are never kept: in the backward pass each module's factors meet the queries, by the route that the plan
+has chosen.
 """
 
 from __future__ import annotations
@@ -19,27 +19,14 @@ from attribute.meeting import Meeting
 from attribute.model import LanguageModel
 from attribute.scoring import _forward_mode
 from attribute.scoring._queries import Queries
+from attribute.scoring._routes import FORWARD, Route
 from gradcore import GradientCollector, Identity
 
 
-def route_of(queries: Queries) -> str:
-    """The route in words, for the person who waits."""
-    config, count = queries.config, len(queries)
-    if config.tokens == "output":
-        return f"forward-mode derivatives along {count} {_plural(count)}: each gives the change of every token's loss"
-    if not isinstance(queries.plan.sketch, Identity):
-        return f"sketched rows of {queries.plan.width:,} floats times {count} {_plural(count)}"
-    if config.query_rank:
-        return f"ghost products of factors with {count} {_plural(count)} of rank {config.query_rank}"
-    if count == 1 and not config.unit_normalize:
-        return "factors contracted with one query: no gradient is formed"
-    return f"gradients formed module by module, times {count} {_plural(count)}"
-
-
 @contextmanager
-def measuring(model: LanguageModel, queries: Queries) -> Iterator[Measure]:
+def measuring(model: LanguageModel, queries: Queries, route: Route) -> Iterator[Measure]:
     """A measurement whose blocks hold scores ``[n, columns]``, or ``[n, s, columns]`` of tokens, as gradients."""
-    if queries.config.tokens == "output":
+    if route.kind == FORWARD:
         yield _by_forward_mode(model, queries)
         return
     plan, tokens = queries.plan, bool(queries.config.tokens)
@@ -52,6 +39,7 @@ def measuring(model: LanguageModel, queries: Queries) -> Iterator[Measure]:
         lambda name: [queries.module(name, number) for number in range(len(queries.slices))],
         norms=queries.config.unit_normalize,
         waits=normalizer is not None and not normalizer.factored,
+        route=route.product,
     )
     with model.collector(plan, factors=meeting.receive, per_position=tokens):
         yield _by_factors(model, queries, meeting)
@@ -114,12 +102,10 @@ def _by_forward_mode(model: LanguageModel, queries: Queries) -> Measure:
                 scores, losses = _forward_mode.token_derivatives(model, batch, tangents, queries.plan)
                 found.append(scores)
         stacked = torch.stack(found, dim=-1)
+        if not queries.config.tokens:
+            stacked = stacked.sum(1)
         if queries.config.score == "nearest":
             stacked = _nearest(stacked, queries)
         return RowBlock(batch.rows, stacked, losses, labelled_tokens(batch))
 
     return measure
-
-
-def _plural(count: int) -> str:
-    return "query" if count == 1 else "queries"

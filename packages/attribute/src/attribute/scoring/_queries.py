@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attribute._errors import AttributionError, RunError
 from attribute.attributor import record_text
-from attribute.curvature import Gram, Kronecker, load_curvature
+from attribute.curvature import Gram, Inversion, Kronecker, load_curvature
 from attribute.progress import Progress, Quiet
 from attribute.scoring._config import ScoreConfig
 from attribute.spectral import plan_of
-from gradcore import Identity, ModuleGradient
+from gradcore import CapturePlan, Identity, ModuleGradient, Sketch
 from gradstore import GradientStore
 
 RESIDENT_FLOATS = 1 << 28
@@ -29,7 +29,7 @@ class Queries:
         slices: ranges of queries that are in memory together; one, unless they are more than memory holds.
     """
 
-    def __init__(self, config: ScoreConfig, device: torch.device, progress: Progress | None = None) -> None:
+    def __init__(self, config: ScoreConfig, progress: Progress | None = None) -> None:
         self.config = config
         self.store = GradientStore.open(config.query_path)
         if not self.store.rows:
@@ -38,13 +38,17 @@ class Queries:
         if config.modules and whole.sketch.summed:
             raise AttributionError("a global sketch has summed all modules: --modules cannot choose among them")
         self.plan = whole.restrict(list(config.modules)) if config.modules else whole
-        self._whole, self._device = whole, device
+        self._whole, self._device = whole, torch.device("cpu")
         self._curvature = self._read_curvature(progress or Quiet())
         rows = config.query_rows or max(1, RESIDENT_FLOATS // max(self.plan.width, 1))
         count = 1 if config.score == "mean" else self.store.rows
         self.slices = [(start, min(start + rows, count)) for start in range(0, count, rows)]
         self._block_rows = rows
         self._resident: dict[tuple[str, int], Tensor | ModuleGradient] = {}
+
+    def move_to(self, device: torch.device) -> None:
+        """Hand queries out on this device, where the rows come to be."""
+        self._device = device
 
     def __len__(self) -> int:
         return 1 if self.config.score == "mean" else self.store.rows
@@ -143,7 +147,9 @@ class Queries:
         if not self.config.curvature_path:
             return None
         found = load_curvature(self.config.curvature_path)
+        _require_sketch_of(found, self._whole, self.config)
         self._whole.require_equal(found.plan, this="the queries", that=f"the curvature {self.config.curvature_path}")
+        _require_invertible(found, self.config.inversion)
         progress.note(f"queries times the inverse curvature of {found.rows:,} rows in {self.config.curvature_path}")
         return found
 
@@ -154,6 +160,35 @@ class Queries:
             return matrices
         left, values, right = torch.linalg.svd(matrices, full_matrices=False)
         return ModuleGradient(name, (left[..., :rank] * values[:, None, :rank]).mT, right[:, :rank])
+
+
+def _require_sketch_of(curvature: Gram | Kronecker, queries: CapturePlan, config: ScoreConfig) -> None:
+    """Raise unless a curvature is of gradients that are sketched as the queries are."""
+    if curvature.plan.sketch == queries.sketch or curvature.plan.modules != queries.modules:
+        return  # whose modules differ is another model's, or of another choice of them
+    fit = "trace hessian without --projection-dim fits whole gradients"
+    if not isinstance(queries.sketch, Identity):
+        fit = f"trace preconditioners RUN --index {config.query_path} fits the rows of an index as they are"
+    raise RunError(
+        f"the curvature {config.curvature_path} is of {_said(curvature.plan.sketch)}, the queries in "
+        f"{config.query_path} are {_said(queries.sketch)}: they cannot be multiplied. {fit}"
+    )
+
+
+def _said(sketch: Sketch) -> str:
+    return "whole gradients" if isinstance(sketch, Identity) else f"gradients under {sketch}"
+
+
+def _require_invertible(curvature: Gram | Kronecker, inversion: Inversion) -> None:
+    """Raise now for what would be refused when the first query is multiplied."""
+    if inversion.kind != "factored" and inversion.damping:
+        return
+    if isinstance(curvature, Kronecker):
+        for module in curvature.modules.values():
+            module.multipliers(inversion)
+    else:
+        for values in curvature.values.values():
+            inversion.of(values)
 
 
 def require_whole(queries: Queries) -> None:

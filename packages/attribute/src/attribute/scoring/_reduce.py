@@ -61,7 +61,8 @@ def reduce_gradients(
 
     Returns:
         The store: a row, or one for each value of ``group_column`` in order of first appearance. Rows without a loss
-        count for nothing. The data of a row say its group and how many rows it was made of.
+        (or whose reward is NaN) count for nothing. A row of weight 0 counts in a mean, but not of unit lengths, where
+        it has no direction. The data of a row say its group and how many rows it was made of.
 
     Raises:
         DataError: no such group column; a row whose gradient is zero has no direction.
@@ -146,9 +147,7 @@ class _Sums:
     def add_rows(self, batch: Batch, rows: Tensor) -> None:
         """Sketched gradients ``[n, width]``."""
         rows = rows.double()
-        weights = self._weights(batch, rows.square().sum(1))
-        for group in self._present(batch):
-            chosen = torch.from_numpy(self._groups[batch.rows] == group).to(rows.device) * weights
+        for group, chosen in self._chosen(batch, rows.square().sum(1)):
             self._totals[group] += (chosen @ rows).cpu().numpy()
 
     def add_factors(self, batch: Batch, gradients: dict[str, ModuleGradient]) -> None:
@@ -156,9 +155,7 @@ class _Sums:
         squares = torch.zeros((), device=batch.input_ids.device)
         if self._unit:
             squares = torch.stack([each.sq_norm().double() for each in gradients.values()]).sum(0)
-        weights = self._weights(batch, squares.expand(len(batch.rows)))
-        for group in self._present(batch):
-            chosen = torch.from_numpy(self._groups[batch.rows] == group).to(weights.device) * weights
+        for group, chosen in self._chosen(batch, squares.expand(len(batch.rows))):
             for name, gradient in gradients.items():
                 total = gradient.scaled(chosen.float()).sum_over_examples()
                 self._totals[group, self._plan.slices[name]] += total.flatten().double().cpu().numpy()
@@ -174,18 +171,25 @@ class _Sums:
         divided = self._totals / np.maximum(self.rows, 1)[:, None] if mean else self._totals
         return divided.astype(np.float32)
 
-    def _present(self, batch: Batch) -> np.ndarray:
-        found, counts = np.unique(self._groups[batch.rows], return_counts=True)
+    def _chosen(self, batch: Batch, squares: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each group of a batch, and what its rows are multiplied with ``[n]``: 0 for those of other groups."""
+        factors = self._factors(batch, squares)
+        counted = (factors != 0).cpu().numpy()
+        found, counts = np.unique(self._groups[batch.rows[counted]], return_counts=True)
         self.rows[found] += counts
-        return found
+        for group in found:
+            yield int(group), torch.from_numpy(self._groups[batch.rows] == group).to(factors.device) * factors
 
-    def _weights(self, batch: Batch, squares: Tensor) -> Tensor:
+    def _factors(self, batch: Batch, squares: Tensor) -> Tensor:
+        """One over each row's length where lengths are to be one; 0 for a row of weight 0, which has no direction."""
         if not self._unit:
             return torch.ones(len(batch.rows), dtype=torch.float64, device=squares.device)
-        if not (squares > 0).all():
-            row = int(batch.rows[int((squares <= 0).nonzero()[0])])
+        none = squares <= 0
+        silent = torch.zeros_like(none) if batch.weights is None else batch.weights == 0
+        if (none & ~silent).any():
+            row = int(batch.rows[int((none & ~silent).nonzero()[0])])
             raise DataError(f"row {row} has a loss and no gradient, so no direction: leave --unit-normalize away")
-        return squares.double().rsqrt()
+        return torch.where(silent, 0.0, squares.double().clamp(min=1e-300).rsqrt())
 
 
 @contextmanager

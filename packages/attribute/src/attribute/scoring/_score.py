@@ -24,9 +24,14 @@ from attribute.processes import current
 from attribute.progress import Progress, Quiet
 from attribute.run import is_begun, refuse_finished, remove_run, scratch_beside
 from attribute.scoring._config import ScoreConfig
-from attribute.scoring._measure import measuring, route_of
+from attribute.scoring._measure import measuring
 from attribute.scoring._queries import Queries, require_whole
+from attribute.scoring._routes import Plan, plan_routes
+from gradcore import Identity, Sketch, TwoSided
 from gradstore import GradientStore, ScoreStore, SearchResult, StoreWriter
+
+_UNSAID = IndexConfig.precision
+"""The default, which nobody need mean: queries of another precision would never meet it."""
 
 
 @dataclass(frozen=True)
@@ -109,45 +114,46 @@ def score_dataset(
     """
     progress, path, here = progress or Quiet(), Path(path), current()
     refuse_finished(path, overwrite)
-    config = _as_the_queries(score.query_path, config or IndexConfig())
+    config = _as_the_queries(score.query_path, config or IndexConfig(), progress)
+    queries = Queries(score, progress)
+    if score.query_rank or score.tokens == "output":
+        require_whole(queries)
     source = shared_source(config.data) if data is None else data if isinstance(data, Source) else source_of(data)
     if model is None:
         tokenizer = tokenizer or load_tokenizer(config.tokenizer or config.model, config.revision)
         model = model_of(config)
     loaded = model if isinstance(model, LanguageModel) else LanguageModel.wrap(model)
-    queries = Queries(score, loaded.device, progress)
-    _require_same_model(queries, loaded, score.query_path)
-    if score.query_rank or score.tokens == "output":
-        require_whole(queries)
+    queries.move_to(loaded.device)
+    _require_same_model(queries, loaded, score.query_path, config.precision)
     if score.query_rank:
         progress.note(f"rank {score.query_rank} keeps at least {queries.kept:.1%} of the squared norm of each query")
-    route = route_of(queries)
-    progress.note(f"route: {route}")
     if queries.empty.any():
         progress.note(f"{queries.empty.sum()} of {len(queries.empty)} queries have no gradient: they count for nothing")
     if len(queries.slices) > 1:
         progress.note(f"{len(queries)} queries in {len(queries.slices)} slices, read again for each batch")
     with scratch_beside(path) as scratch:
         tokens = tokenise(scratch, source, tokenizer, config, loaded, progress)
+        plan = plan_routes(queries, loaded, max(1, round(tokens.total / max(len(tokens), 1))))
+        progress.note(f"route: {plan}")
         if overwrite and here.first:
             remove_run(path)
 
         @contextmanager
         def begin() -> Iterator[StoreWriter]:
-            with _writer(path, tokens, queries, config, loaded) as writer:
+            with _writer(path, tokens, queries, config, loaded, plan) as writer:
                 if on_begun is not None:
                     on_begun()
                 yield writer
 
         with shared_writer(path, begin) as (writer, pending):
-            _run(writer, pending, loaded, tokens, queries, config, progress)
+            _run(writer, pending, loaded, tokens, queries, config, progress, plan)
         scores = ScoreStore.open(path)
         hits = here.from_first(lambda: scores.top(score.top_k))
         texts = here.from_first(lambda: _texts(scores, hits, records_of(scratch), tokens, tokenizer))
-    return Scored(scores, hits, texts, queries.texts, route)
+    return Scored(scores, hits, texts, queries.texts, str(plan))
 
 
-def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
+def _as_the_queries(path: str, config: IndexConfig, progress: Progress) -> IndexConfig:
     """The configuration the queries were made with, over this run's model, data and batching."""
     if not Path(path).is_dir():
         raise RunError(f"there is no folder {path!r}: trace reduce or trace build makes queries")
@@ -156,16 +162,19 @@ def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
         raise RunError(f"{path} holds no queries: they come from trace reduce or trace build")
     made = IndexConfig.from_dict(saved["config"])
     if config.projection_dim is not None and config.sketch != made.sketch:
+        _require_as_fine(path, made.sketch, config.projection_dim)
+        progress.note(f"the queries decide the sketch, not --projection-dim {config.projection_dim}: {made.sketch}")
+    if config.precision not in (_UNSAID, made.precision) and "auto" not in (config.precision, made.precision):
         raise RunError(
-            f"{path} has queries of {made.sketch}, --projection-dim {config.projection_dim} asks for {config.sketch}: "
-            "the queries decide, leave it away or make them again"
+            f"{path} has gradients of the model in {made.precision}, --precision {config.precision} makes other "
+            "weights of it: leave it away, the queries decide"
         )
     return replace(
         made,
         model=config.model or made.model,
         revision=config.revision if config.model else made.revision,
         tokenizer=config.tokenizer or (made.tokenizer if not config.model else ""),
-        precision=config.precision,
+        precision=made.precision if config.precision == _UNSAID else config.precision,
         device=config.device,
         fsdp=config.fsdp,
         token_batch_size=config.token_batch_size,
@@ -174,14 +183,33 @@ def _as_the_queries(path: str, config: IndexConfig) -> IndexConfig:
     )
 
 
-def _require_same_model(queries: Queries, model: LanguageModel, path: str) -> None:
-    weights = model.known[0]
-    require_same_weights(queries.plan, model.base, path, model.outside, fingerprint=weights)
+def _require_as_fine(path: str, sketch: Sketch, side: int) -> None:
+    """Raise where queries keep less of a gradient than a two-sided sketch of this side, 0 being all of it, would."""
+    if isinstance(sketch, Identity):
+        return
+    kept = sketch.side**2 if isinstance(sketch, TwoSided) else getattr(sketch, "floats", 0)
+    if not side or sketch.summed or kept < side**2:
+        wanted = f"{side**2} floats a module" if side else "whole gradients"
+        raise RunError(
+            f"{path} has queries of {sketch}, --projection-dim {side} asks for {wanted}: the queries decide, leave it "
+            "away or make them again"
+        )
+
+
+def _require_same_model(queries: Queries, model: LanguageModel, path: str, precision: str) -> None:
+    try:
+        require_same_weights(queries.plan, model.base, path, model.outside, fingerprint=model.known[0])
+    except RunError as error:
+        made = queries.store.meta["config"]["precision"]
+        why = f" (the queries are of the model in {made}, this is it in {precision})" if made != precision else ""
+        raise RunError(f"{error}{why}") from error
     if queries.store.plan["head"] != model.head_fingerprint():
         raise RunError(f"{path} was made with another output embedding than {model.name!r} has: its gradients differ")
 
 
-def _writer(path: Path, tokens: TokenFile, queries: Queries, config: IndexConfig, model: LanguageModel) -> StoreWriter:
+def _writer(
+    path: Path, tokens: TokenFile, queries: Queries, config: IndexConfig, model: LanguageModel, plan: Plan
+) -> StoreWriter:
     score = queries.config
     # Where the queries lie is no part of what they are.
     chosen = {
@@ -202,7 +230,7 @@ def _writer(path: Path, tokens: TokenFile, queries: Queries, config: IndexConfig
         rows=tokens.total if score.tokens else len(tokens),
         queries=queries.names,
         plan=identity,
-        provenance={"config": config.to_dict(), "score": score.to_dict(), "route": route_of(queries)},
+        provenance={"config": config.to_dict(), "score": score.to_dict(), "route": str(plan)},
         rows_per_shard=config.rows_per_shard or None,
         offsets=tokens.offsets if score.tokens else None,
     )
@@ -216,6 +244,7 @@ def _run(
     queries: Queries,
     config: IndexConfig,
     progress: Progress,
+    plan: Plan,
 ) -> None:
     of_tokens = bool(queries.config.tokens)
     windows = document_windows(tokens, pending) if of_tokens else pending
@@ -224,7 +253,7 @@ def _run(
         progress.note(f"continuing: {1 - left / tokens.total:.0%} of the tokens are done already")
     sink = MatrixSink(writer, tokens.offsets if of_tokens else None)
     progress.start("scores", left, "tokens")
-    with torch.enable_grad(), measuring(model, queries) as measure:
+    with torch.enable_grad(), measuring(model, queries, plan.route) as measure:
         budget = config.token_batch_size
         run_windows(model, tokens, windows, [sink], measure, budget=budget, progress=progress, deal="windows")
     progress.stop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from attribute._adapters import has_adapters, output_modules, transformer_of
 from attribute._errors import ModelError, RunError
 from attribute.training._batch import Batch, RowKind
 from attribute.training._live_moments import HeldStep
@@ -97,22 +98,15 @@ class GradientCollectorCallback(TrainerCallback):
 
     def plan(self, model: nn.Module) -> CapturePlan:
         """What is captured of a model that is about to be trained, its modules named as an index names them."""
-        model = _root(model)
-        if self.modules is not None:
-            return CapturePlan.for_model(
-                model, self.modules, sketch=self.sketch, reduction=self.reduction, include_bias=self.include_bias
-            )
-        trained = [
-            name
-            for name, module in model.named_modules()
-            if (layer := layer_for(module)) is not None
-            and layer.kind in MATRICES
-            and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        ]
-        if not trained:
-            raise ModelError("no linear layer of the model is trained: name --modules, or unfreeze some")
+        base, outside = _parts(model)
+        chosen = self.modules if self.modules is not None else _trained({**dict(base.named_modules()), **outside})
         return CapturePlan.for_model(
-            model, trained, sketch=self.sketch, reduction=self.reduction, include_bias=self.include_bias
+            base,
+            chosen,
+            sketch=self.sketch,
+            reduction=self.reduction,
+            include_bias=self.include_bias,
+            outside=outside,
         )
 
     @property
@@ -143,15 +137,16 @@ class GradientCollectorCallback(TrainerCallback):
         claimed = state.stateful_callbacks.get(_STATE, {}).get("run")
         run = self._run.begin(state.global_step, state.epoch or 0.0, claimed, self._meta)
         state.stateful_callbacks[_STATE] = {"run": run}
+        base, outside = _parts(model)
         if self.normalizer is None:
-            self._collector = GradientCollector(_root(model), plan, freeze=False)
+            self._collector = GradientCollector(base, plan, freeze=False, outside=outside)
         else:
             self._held = HeldStep(plan)
             whole = replace(plan, sketch=Identity())
-            self._collector = GradientCollector(_root(model), whole, factors=self._held.receive, freeze=False)
+            self._collector = GradientCollector(base, whole, factors=self._held.receive, freeze=False, outside=outside)
         self._collector.enabled = False
         self._collector.__enter__()
-        self._silent = _weights(_root(model), plan)
+        self._silent = _weights({**dict(base.named_modules()), **outside}, plan)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
@@ -159,7 +154,8 @@ class GradientCollectorCallback(TrainerCallback):
         """The optimiser knows its second moments: rows that were held for them are stored."""
         if self._held is not None:
             skipped = getattr(optimizer, "step_was_skipped", False)  # its rows are zero, whatever the weights have
-            for batch, gradients in self._held.rows(_root(model), optimizer):
+            base, outside = _parts(model)
+            for batch, gradients in self._held.rows(base, optimizer, outside):
                 self._store(batch, gradients * batch.scale, seen=not skipped)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -258,15 +254,28 @@ class GradientCollectorCallback(TrainerCallback):
         self._collector = self._held = None
 
 
-def _root(model: nn.Module) -> nn.Module:
-    """The model before its output embedding; one that PEFT has wrapped as it is, since it has names of its own."""
-    base = getattr(model, "base_model", None)
-    return base if isinstance(base, nn.Module) and not hasattr(model, "peft_config") else model
+def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The transformer, and what else rows can be of: with PEFT, where it is trained by choice, the output embedding."""
+    return transformer_of(model), output_modules(model) if has_adapters(model) else {}
 
 
-def _weights(model: nn.Module, plan: CapturePlan) -> dict[str, nn.Parameter]:
+def _trained(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The linear layers with a parameter that is trained."""
+    found = [
+        name
+        for name, module in modules.items()
+        if (layer := layer_for(module)) is not None
+        and layer.kind in MATRICES
+        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    if not found:
+        raise ModelError("no linear layer of the model is trained: name them in modules=…, or unfreeze some")
+    return found
+
+
+def _weights(modules: Mapping[str, nn.Module], plan: CapturePlan) -> dict[str, nn.Parameter]:
     """The weights of the modules that have columns of their own in the rows."""
     if plan.sketch.summed:
         return {}
-    found = {each.name: getattr(model.get_submodule(each.path), "weight", None) for each in plan.modules}
+    found = {each.name: getattr(modules[each.path], "weight", None) for each in plan.modules}
     return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter)}

@@ -6,7 +6,7 @@ the factors of a step's rows are held until the optimiser has made it, the first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,12 +56,15 @@ class HeldStep:
         """The step failed: nothing of it counts."""
         self._arrived, self._batches = [], []
 
-    def rows(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[Batch, Tensor]]:
+    def rows(
+        self, model: nn.Module, optimizer: Any, outside: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """The batches with their rows ``[n, width]``, multiplied with ``1 / (√v̂ + ε)`` and sketched; then none is held.
 
         Args:
             model: within which the captured modules lie.
             optimizer: live, its step made. One that gradient scaling skipped changed no weight: rows are zero.
+            outside: captured modules that lie elsewhere, by the names they have in the plan.
 
         Raises:
             GradCoreError: an optimiser without second moments, or with such of 8 bits.
@@ -69,7 +72,7 @@ class HeldStep:
         """
         batches, self._batches = self._batches, []
         skipped = getattr(optimizer, "step_was_skipped", False)
-        normalizer = None if skipped else _adam(model, optimizer)
+        normalizer = None if skipped else _adam(model, optimizer, outside)
         scales: dict[str, BoundNormalizer] = {}
         for batch, gradients in batches:
             count = len(batch.rows)
@@ -102,10 +105,10 @@ class HeldStep:
             rows[examples, columns] += kept.flatten(1).cpu()
 
 
-def _adam(model: nn.Module, optimizer: Any) -> Normalizer:
+def _adam(model: nn.Module, optimizer: Any, outside: Mapping[str, nn.Module] | None) -> Normalizer:
     """Without its digest: it serves one step, and no plan names it."""
     corrected = all("betas" in group for group in optimizer.param_groups)
-    moments = optimizer_moments(model, optimizer, bias_corrected=corrected)
+    moments = optimizer_moments(model, optimizer, outside=outside, bias_corrected=corrected)
     return Normalizer("adam", scales={name: adam(moment) for name, moment in moments.items()})
 
 

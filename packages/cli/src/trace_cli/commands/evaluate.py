@@ -262,7 +262,8 @@ def make(run_path: str, drops: tuple[float, ...], **options: Any) -> None:
             progress,
         )
     for name, bank in truth.banks.items():
-        click.echo(f"bank {name}: {len(bank.kept)} retrainings, {bank.dropped:.0%} of {truth.rows} rows dropped")
+        share = f"{100 * bank.dropped:.3g}%"
+        click.echo(f"bank {name}: {len(bank.kept)} retrainings, {share} of {truth.rows} rows dropped")
     click.echo(f"judge methods by it:  trace evaluate lds {run_path} --method ek-fac")
 
 

@@ -13,7 +13,7 @@ from trace_cli._refused import refused_options
 
 @click.command("hessian")
 @click.argument("run_path", type=click.Path(file_okay=True))
-@refused_options
+@refused_options("hessian")
 @model_options
 @data_options
 @capture_options

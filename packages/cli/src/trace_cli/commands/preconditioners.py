@@ -20,7 +20,7 @@ from trace_cli._refused import refused_options
 
 @click.command("preconditioners")
 @click.argument("run_path", type=click.Path(file_okay=True))
-@refused_options
+@refused_options("preconditioners")
 @model_options
 @data_options
 @capture_options

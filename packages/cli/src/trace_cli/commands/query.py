@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trace_cli._refused import refused_options
+
 if TYPE_CHECKING:
     from attribute import Asker, Attribution, QueryConfig
 
 
 @click.command("query")
+@refused_options("query")
 @click.option(
     "--index", required=True, type=click.Path(exists=True, file_okay=False), help="Run folder of trace build."
 )

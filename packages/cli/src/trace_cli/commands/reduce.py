@@ -22,7 +22,7 @@ from trace_cli._refused import refused_options
 
 @click.command("reduce")
 @click.argument("run_path", type=click.Path(file_okay=True))
-@refused_options
+@refused_options("reduce")
 @model_options
 @data_options
 @capture_options

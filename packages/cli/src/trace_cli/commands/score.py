@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from trace_cli._options import data_options, model_options
+from trace_cli._options import data_options, same_model_options
 from trace_cli._processes import in_processes
 from trace_cli._refused import refused_options
 
 
 @click.command("score")
 @click.argument("run_path", type=click.Path(file_okay=True))
-@refused_options
-@model_options
+@refused_options("score")
+@same_model_options
 @data_options
 @click.option("--query-path", required=True, help="Query gradients: a run folder of trace reduce or trace build.")
 @click.option(
@@ -49,7 +49,9 @@ from trace_cli._refused import refused_options
     default=None,
     help="A score a token: of its position's part in the gradient, or of its own loss.",
 )
-@click.option("--projection-dim", type=int, default=None, help="Must be that of the queries, which decide it.")
+@click.option(
+    "--projection-dim", type=int, default=None, help="The queries decide the sketch; refused if it keeps less."
+)
 @click.option("--token-batch-size", default=2048, show_default=True, help="Padded tokens a batch.")
 @click.option("--rows-per-shard", default=0, help="Rows a file; chosen by size if 0.")
 @click.option("--top-k", default=5, show_default=True, help="Proponents and opponents a query.")
@@ -62,7 +64,8 @@ from trace_cli._refused import refused_options
 def command(run_path: str, overwrite: bool, as_json: bool, exports: tuple[str, ...], **options: Any) -> None:
     """Score every row of a dataset against query gradients into RUN_PATH, keeping nothing but the scores.
 
-    The queries decide model, modules, sketch and normaliser. An interrupted run is continued by the same command.
+    The queries decide model, precision, modules, sketch and normaliser. An interrupted run is continued by the same
+    command.
 
     \b
     trace score runs/scores --query-path runs/query --dataset NeelNanda/pile-10k --truncation --score mean
@@ -83,6 +86,8 @@ def command(run_path: str, overwrite: bool, as_json: bool, exports: tuple[str, .
         raise click.UsageError("--dataset is missing: the rows to score")
     began = time.perf_counter()
     refuse_finished(run_path, overwrite)
+    if options["precision"] is None:
+        del options["precision"]
     data = DataConfig(**{each.name: options.pop(each.name) for each in fields(DataConfig)})
     score = ScoreConfig(
         options.pop("query_path"),

@@ -13,7 +13,6 @@ from trace_cli._options import (
     grouped_data_options,
     loss_options,
     model_options,
-    normalizer_options,
     stats_option,
 )
 from trace_cli._processes import in_processes
@@ -22,13 +21,28 @@ from trace_cli._refused import refused_options
 
 @click.command("trackstar")
 @click.argument("run_path", type=click.Path(file_okay=True))
-@refused_options
+@refused_options("trackstar")
 @model_options
 @grouped_data_options("data", "Training data")
 @grouped_data_options("query", "Queries")
 @capture_options
 @loss_options
-@normalizer_options
+@click.option(
+    "--normalizer",
+    type=click.Choice(["none", "adafactor", "adam", "shampoo"]),
+    help="Scale gradients as this optimiser would; its moments are fitted to a sample of the training rows, or taken "
+    "from elsewhere. Default: adafactor, with the moments of an optimizer.pt in the model's folder if there is one.",
+)
+@click.option(
+    "--processor-path",
+    type=click.Path(exists=True, file_okay=False),
+    help="Take the normaliser that trace preconditioners left in this folder.",
+)
+@click.option(
+    "--optimizer-state-path",
+    type=click.Path(exists=True),
+    help="Take the second moments of an optimizer.pt, or of the checkpoint folder it is in.",
+)
 @stats_option
 @click.option(
     "--target-downweight-components",
@@ -45,7 +59,8 @@ from trace_cli._refused import refused_options
 def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Score training rows for queries as TrackStar does, into RUN_PATH.
 
-    Gradients of both sides, their mixed curvature and the scores, with one pass of the model over either dataset.
+    Gradients of both sides, divided by the root of Adafactor's second moments, their mixed curvature, and the cosines.
+    The model passes once over either dataset, and once over a sample of the training data where the moments are fitted.
 
     \b
     trace trackstar runs/my-trackstar --model EleutherAI/pythia-14m --projection-dim 16 \\
@@ -77,6 +92,9 @@ def command(run_path: str, overwrite: bool, as_json: bool, **options: Any) -> No
         )
     }
     own["sample"] = options["stats_sample_size"]
+    own["normalize"] = options["normalizer"] != "none"
+    if options["optimizer_state_path"] and options["normalizer"] is None:
+        options["normalizer"] = "adafactor"
     normalizer_fields(options)
     began = time.perf_counter()
     found = trackstar(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -67,9 +67,29 @@ class Sketch(ABC):
     ) -> BoundSketch:
         """The tensors for one module, on one device."""
 
+    def __str__(self) -> str:
+        """In a line, however many modules it knows.
+
+        >>> from gradcore import TensorSketch, TwoSided
+        >>> str(TwoSided(8)), str(TensorSketch(16, budgets=(("a", 8), ("b", 24))))
+        ('two_sided(side=8, entries=rademacher, seed=0)', 'tensor(floats=16, seed=0, budgets=32 in 2 modules)')
+        """
+        said = [
+            f"{each.name}={_brief(value)}"
+            for each in fields(self)
+            if each.repr and (value := getattr(self, each.name)) not in ("", ())
+        ]
+        return f"{self.kind}({', '.join(said)})" if said else self.kind
+
     def to_dict(self) -> dict[str, Any]:
         """``{"kind": …, **fields}``, which :func:`sketch_from_dict` reads back."""
         return {"kind": self.kind, **asdict(self)}
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, tuple):  # budgets
+        return f"{sum(count for _, count in value):,} in {len(value)} modules"
+    return value[:12] if isinstance(value, str) else str(value)
 
 
 _KINDS: dict[str, type[Sketch]] = {}
@@ -90,8 +110,8 @@ def sketch_from_dict(saved: Mapping[str, Any]) -> Sketch:
     >>> sketch_from_dict({"kind": "identity"})
     Identity()
     """
-    fields = dict(saved)
-    kind = fields.pop("kind", None)
+    values = dict(saved)
+    kind = values.pop("kind", None)
     if kind not in _KINDS:
         raise GradCoreError(f"unknown sketch kind {kind!r}; this version knows {', '.join(sorted(_KINDS))}")
-    return _KINDS[kind](**fields)
+    return _KINDS[kind](**values)
