@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-import transformers as tf
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
+from zoo import save_worded_gpt2
 
 import probing
 from probing import Masks
@@ -21,13 +20,7 @@ NOUNS = {"man": "singular", "men": "plural", "dog": "singular", "dogs": "plural"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("model")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(where)
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    config = tf.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
-    tf.GPT2LMHeadModel(config).save_pretrained(where)
+    save_worded_gpt2(where, WORDS, 16)
     rows = []
     for number, noun in enumerate(list(NOUNS) * 12):
         adjective = ("old", "red")[number % 2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
+from zoo import save_worded_gpt2
 
 from probing import Masks, _configs, _options, _sites
 from probing.cli import probe
@@ -21,13 +21,7 @@ NOUNS = {"man": 0, "men": 10, "dog": 0, "dogs": 2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("model")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(where)
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 8}
-    model = tf.GPT2LMHeadModel(tf.GPT2Config(**shape, bos_token_id=None, eos_token_id=None))
-    model.save_pretrained(where)
+    save_worded_gpt2(where, WORDS, 8)
     rows = []
     for number, noun in enumerate(list(NOUNS) * 12):
         rows.append(

@@ -3,27 +3,15 @@
 import pytest
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from zoo import make
+from zoo import _SMALL, make, word_tokenizer
 
 from probing import ConfigError, DataError
 from probing._load import Loaded, check_positions, find_source, load_model, require_next_token
 
-_SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-}
-
 
 @pytest.fixture
 def saved(tmp_path):
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(96)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0")
+    tokenizer = word_tokenizer(map(str, range(96)), unk_token="0")
 
     def save(model):
         model.save_pretrained(tmp_path / "model")

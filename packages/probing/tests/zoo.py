@@ -2,6 +2,7 @@
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 _SMALL = {
     "vocab_size": 96,
@@ -114,3 +115,18 @@ def make(kind: str, dtype: torch.dtype = torch.float32):
             if parameter.ndim >= 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.to(dtype)
+
+
+def word_tokenizer(words, **special):
+    """One token a word, split at spaces and punctuation."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_worded_gpt2(where, words, positions):
+    """A random GPT-2 over these words, of which the first two are padding and unknown, with its tokenizer."""
+    word_tokenizer(words, pad_token=words[0], unk_token=words[1]).save_pretrained(where)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(words), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": positions}
+    tf.GPT2LMHeadModel(tf.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).save_pretrained(where)
